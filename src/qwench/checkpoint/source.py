@@ -1,0 +1,70 @@
+"""What the rest of the code asks of something that holds tensors: names, shapes, and parts of them on demand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+Part = tuple[int | slice, ...]
+"""An index into the leading dimensions of a tensor: `(7, slice(512, 1024))`. The empty tuple is the whole tensor."""
+
+
+BYTES_OF: dict[str, int] = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2,
+    "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+}  # fmt: skip
+"""Bytes per element by safetensors dtype code."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor as it is or will be stored: its name, its safetensors dtype code (`BF16`, `F32`, `F8_E4M3`, `U8` ...), its dimensions."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * BYTES_OF[self.dtype]
+
+
+@dataclass(frozen=True)
+class TensorEntry(TensorSpec):
+    """A stored tensor and where it lies.
+
+    Attributes:
+        file: the file that holds it, relative to the folder ("" where there is none, as in a plan from a config alone).
+        start: offset of its first byte in that file.
+    """
+
+    file: str = ""
+    start: int = 0
+
+
+class TensorSource(Protocol):
+    """A checkpoint as its readers see it: stored tensors, or a release whose tensors are decoded as they are read.
+
+    Attributes:
+        folder: where it lies.
+        config: the parsed `config.json`.
+        tensors: every tensor by name.
+    """
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def config(self) -> dict[str, Any]: ...
+
+    @property
+    def tensors(self) -> Mapping[str, TensorEntry]: ...
+
+    def read(self, name: str, part: Part = ()) -> Tensor:
+        """One tensor, or a part of it; only that part is moved. Raises CheckpointError where the file does not hold it."""
+        ...

@@ -1,0 +1,40 @@
+"""The one result type of every method and the one input of every container format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from qwench.numerics.scheme import Scheme
+
+
+@dataclass
+class Quantized:
+    """A quantized matrix [out, in] in its number format; no packing, no names.
+
+    Attributes:
+        scheme: the number format.
+        codes: [out, in]. `int`: int8 signed codes (symmetric: -2^(b-1)..2^(b-1)-1; asymmetric likewise, with `zeros` in the same
+            range). `nvfp4`, `mxfp4`: uint8 sign<<3 | magnitude index. `fp8`: float8_e4m3fn.
+        scales: `int`: [out, groups] in the dtype that will be stored (may be negative, see `Scheme.full_range`). `nvfp4`: float8_e4m3fn
+            [out, in/16]. `mxfp4`: uint8 E8M0 exponents (bias 127) [out, in/32]. `fp8`: [out, 1], or [ceil(out/128), ceil(in/128)].
+        zeros: int8 [out, groups], only asymmetric `int`.
+        outer: float32 [1], only `nvfp4`: the divisor shared by a fused set (448 * 6 / amax).
+        group_of_column: int32 [in], the group of each column where activation order permuted them; None: column // group.
+        low_rank: (A [r, in], B [out, r]): an additive correction B @ A; not part of `dequantize`.
+    """
+
+    scheme: Scheme
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None = None
+    outer: Tensor | None = None
+    group_of_column: Tensor | None = None
+    low_rank: tuple[Tensor, Tensor] | None = None
+
+    def dequantize(self) -> Tensor:
+        """The values that these codes stand for, float32 [out, in]."""
+        from qwench.numerics import decode
+
+        return decode(self)

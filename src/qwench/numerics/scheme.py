@@ -1,0 +1,70 @@
+"""What number format a weight is stored in.
+
+A `Scheme` says how numbers are represented, and nothing about how they were chosen (methods) or where their bytes go (formats).
+Weights are matrices [out, in]; groups run along `in`.
+
+| kind    | a value is                          | scales                                             |
+|---------|-------------------------------------|----------------------------------------------------|
+| `int`   | (code - zero) * scale               | one per `group` columns and row, in `scale_dtype`  |
+| `nvfp4` | E2M1(code) * scale / outer          | FP8 E4M3 per 16, one FP32 divisor per fused set    |
+| `mxfp4` | E2M1(code) * 2^e                    | E8M0 exponent per 32                               |
+| `fp8`   | E4M3(code) * scale                  | one per row, or one per `block` (128x128)          |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["int", "nvfp4", "mxfp4", "fp8"]
+Search = Literal["none", "mse", "four-over-six"]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One number format.
+
+    Attributes:
+        kind: the family of formats, see the table above.
+        bits: bits per code: 4 or 8 for `int`, 4 for the FP4 kinds, 8 for `fp8`.
+        group: columns that share a scale; None means the whole row (per channel).
+        block: (rows, columns) that share a scale; only `fp8`.
+        symmetric: no zero point; only `int` can be asymmetric.
+        full_range: `int` symmetric only: a signed scale of +-amax / 2^(bits-1), its sign chosen so that the value of largest
+            magnitude lands exactly on the most negative code. Off: amax / (2^bits - 1) * 2.
+        search: how scales are chosen: from the largest magnitude (`none`), by least squared error over shrunken
+            scales (`mse`), or for `nvfp4` by the better of mapping a block's largest value to 6 or to 4 (`four-over-six`).
+    """
+
+    kind: Kind
+    bits: int
+    group: int | None = None
+    block: tuple[int, int] | None = None
+    symmetric: bool = True
+    full_range: bool = False
+    search: Search = "none"
+
+    @property
+    def label(self) -> str:
+        """A short name for tables: `int4 g128`, `nvfp4 g16`, `fp8 128x128`."""
+        text = f"{self.kind}{self.bits}" if self.kind == "int" else self.kind
+        if self.block:
+            text += f" {self.block[0]}x{self.block[1]}"
+        elif self.group:
+            text += f" g{self.group}"
+        else:
+            text += " channel"
+        return text + ("" if self.symmetric else " asym")
+
+
+SCHEMES: dict[str, Scheme] = {
+    "int4": Scheme("int", 4, group=128, full_range=True),
+    "int4-asym": Scheme("int", 4, group=128, symmetric=False),
+    "int8": Scheme("int", 8, group=128),
+    "int8-asym": Scheme("int", 8, group=128, symmetric=False),
+    "nvfp4": Scheme("nvfp4", 4, group=16),
+    "mxfp4": Scheme("mxfp4", 4, group=32),
+    "fp8": Scheme("fp8", 8),
+    "fp8-block": Scheme("fp8", 8, block=(128, 128)),
+}
+"""Schemes by the name that recipes use."""

@@ -1,0 +1,253 @@
+"""What a release is made of, as YAML that a person writes: a list of steps, in order.
+
+    name: nvfp4a16
+    about: NVFP4 weights by rounding; mixers of the Gated DeltaNet, embedding, head and vision stay as they are.
+    steps:
+      - quantize:
+          rules:
+            - roles: [attention.*, mlp.*]
+              scheme: nvfp4
+      - export: {format: compressed-tensors}
+
+The recipe says what; the command line says where and on which machine. An unknown key is an error that suggests the nearest known one.
+Targets are roles (see `qwench.models.map`), never patterns over tensor names.
+"""
+
+from __future__ import annotations
+
+import difflib
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from qwench.errors import RecipeError
+from qwench.numerics.scheme import SCHEMES, Kind, Scheme, Search
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SchemeSpec(Strict):
+    """A number format spelled out, where no short name fits: `{kind: int, bits: 8, group: 64}`."""
+
+    kind: Kind
+    bits: Literal[4, 8] = 4
+    group: int | None = None
+    block: tuple[int, int] | None = None
+    symmetric: bool = True
+    full_range: bool = False
+
+    def scheme(self, search: Search) -> Scheme:
+        return Scheme(self.kind, self.bits, self.group, self.block, self.symmetric, self.full_range, search)
+
+
+class Rule(Strict):
+    """Roles that get one scheme.
+
+    Attributes:
+        roles: globs over roles: `attention.*`, `delta.qkv`, `expert.*`, `mtp.mlp.*`. `*` does not cross into `mtp.` or `vision.`.
+        scheme: a short name or a spelled-out scheme; `keep` leaves the weight as it is (to carve an exception out of an earlier rule).
+        layers: decoder layers: `all`, `3`, `1..`, `0..7` (inclusive).
+        search: how scales are chosen.
+    """
+
+    roles: tuple[str, ...] = Field(min_length=1)
+    scheme: str | SchemeSpec
+    layers: str = "all"
+    search: Search = "none"
+
+    @field_validator("scheme")
+    @classmethod
+    def _known(cls, value: str | SchemeSpec) -> str | SchemeSpec:
+        if isinstance(value, str) and value != "keep" and value not in SCHEMES:
+            raise ValueError(f"unknown scheme {value!r}{suggestion(value, [*SCHEMES, 'keep'])}; known: {', '.join(SCHEMES)}, keep")
+        return value
+
+    @field_validator("layers")
+    @classmethod
+    def _range(cls, value: str) -> str:
+        layer_range(value)
+        return value
+
+    def resolved(self) -> Scheme | None:
+        """The scheme, or None for `keep`."""
+        if isinstance(self.scheme, SchemeSpec):
+            return self.scheme.scheme(self.search)
+        if self.scheme == "keep":
+            return None
+        named = SCHEMES[self.scheme]
+        return Scheme(named.kind, named.bits, named.group, named.block, named.symmetric, named.full_range, self.search)
+
+
+def layer_range(text: str) -> tuple[int, int | None]:
+    """First and last layer (inclusive, None: to the end) of a `layers` value. Raises ValueError."""
+    if text == "all":
+        return 0, None
+    first, dots, last = text.partition("..")
+    try:
+        low = int(first or 0)
+        high = (int(last) if last else None) if dots else low
+    except ValueError:
+        raise ValueError(f"layers {text!r} is neither 'all', a number, nor a range such as '1..' or '0..7'") from None
+    if high is not None and high < low:
+        raise ValueError(f"layers {text!r}: the range ends before it begins")
+    return low, high
+
+
+class Quantize(Strict):
+    """Choose numbers for weights. Later rules win over earlier ones.
+
+    Attributes:
+        method: `rtn`: round to nearest, no data.
+        rules: what becomes what; everything that no rule names is copied bit for bit.
+    """
+
+    method: Literal["rtn"] = "rtn"
+    rules: tuple[Rule, ...] = Field(min_length=1)
+
+
+class Export(Strict):
+    """How the result is laid out on disk.
+
+    Attributes:
+        format: the container format.
+        shard_size: largest size of one safetensors file: `5GB`, `500MB`.
+    """
+
+    format: Literal["compressed-tensors"] = "compressed-tensors"
+    shard_size: str = "5GB"
+
+    @field_validator("shard_size")
+    @classmethod
+    def _size(cls, value: str) -> str:
+        byte_size(value)
+        return value
+
+
+def byte_size(text: str) -> int:
+    """`5GB`, `500MB`, `2GiB` in bytes. Raises ValueError."""
+    units = {"GiB": 2**30, "MiB": 2**20, "GB": 10**9, "MB": 10**6, "B": 1}
+    for unit, factor in units.items():
+        if text.endswith(unit):
+            number = text.removesuffix(unit).strip()
+            try:
+                size = int(float(number) * factor)
+            except ValueError:
+                break
+            if size > 0:
+                return size
+    raise ValueError(f"size {text!r} is not of the form 5GB, 500MB or 2GiB")
+
+
+class Step(Strict):
+    """One entry of `steps`: exactly one of its keys."""
+
+    quantize: Quantize | None = None
+    export: Export | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Step:
+        if sum(getattr(self, name) is not None for name in type(self).model_fields) != 1:
+            raise ValueError(f"a step is exactly one of: {', '.join(type(self).model_fields)}")
+        return self
+
+
+class Recipe(Strict):
+    """A release, described.
+
+    Attributes:
+        name: its short name; release folders and cards use it.
+        about: one line for lists.
+        steps: what is done, in order; `export` comes last, once.
+    """
+
+    name: str
+    about: str = ""
+    steps: tuple[Step, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _export_last(self) -> Recipe:
+        if [bool(s.export) for s in self.steps].count(True) != 1 or not self.steps[-1].export:
+            raise ValueError("a recipe ends with exactly one export step")
+        return self
+
+    @property
+    def quantize(self) -> Quantize | None:
+        return next((s.quantize for s in self.steps if s.quantize), None)
+
+    @property
+    def export(self) -> Export:
+        export = self.steps[-1].export
+        assert export is not None
+        return export
+
+
+def suggestion(word: str, known: list[str]) -> str:
+    """` (did you mean X?)`, or nothing."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def bundled() -> dict[str, str]:
+    """The recipes that the package carries: name -> YAML text."""
+    folder = resources.files("qwench") / "recipes"
+    return {p.name.removesuffix(".yaml"): p.read_text(encoding="utf-8") for p in folder.iterdir() if p.name.endswith(".yaml")}
+
+
+def load_recipe(name_or_path: str) -> Recipe:
+    """A recipe by path, or by the name of a bundled one. Raises RecipeError."""
+    path = Path(name_or_path)
+    if path.suffix in {".yaml", ".yml"} or path.is_file():
+        try:
+            return parse_recipe(path.read_text(encoding="utf-8"), where=str(path))
+        except FileNotFoundError:
+            raise RecipeError(f"there is no recipe file {path}", "give a path to a YAML file, or a name from `qwench recipes`") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path} cannot be read: {error}", "give a readable YAML file") from None
+    known = bundled()
+    if name_or_path not in known:
+        raise RecipeError(
+            f"there is no bundled recipe {name_or_path!r}{suggestion(name_or_path, list(known))}",
+            f"use one of {', '.join(sorted(known))}, or the path of a YAML file",
+        )
+    return parse_recipe(known[name_or_path], where=name_or_path)
+
+
+def parse_recipe(text: str, where: str) -> Recipe:
+    """A recipe from YAML text; `where` names it in errors. Raises RecipeError."""
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{where} is not YAML: {error}", "mend the syntax at that line") from None
+    if not isinstance(data, dict):
+        raise RecipeError(f"{where} holds no mapping", "a recipe has the keys name, about and steps")
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError(f"recipe {where}:\n" + "\n".join(f"  {line}" for line in _explain(error)), "see docs/recipes.md") from None
+
+
+def _explain(error: ValidationError) -> list[str]:
+    """Pydantic's complaints as lines that name the place, with a suggestion for unknown keys."""
+    lines = []
+    for item in error.errors():
+        place = ".".join(str(p) for p in item["loc"])
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{place}: unknown key{suggestion(str(item['loc'][-1]), _all_keys())}")
+        else:
+            lines.append(f"{place or 'recipe'}: {item['msg'].removeprefix('Value error, ')}")
+    return lines
+
+
+def _all_keys() -> list[str]:
+    models: list[type[BaseModel]] = [Recipe, Step, Quantize, Export, Rule, SchemeSpec]
+    return sorted({name for model in models for name in model.model_fields})
+
+
+def recipe_data(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain data, defaults filled in: what fingerprints and records hold."""
+    return recipe.model_dump(mode="json", exclude_none=True)

@@ -1,0 +1,166 @@
+"""The record of a release: `result.json` in its folder. Cards, tables and plots are made from it and from nothing else.
+
+Sizes are bytes, times are seconds. A number is in here only if it was measured on this very release.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from qwench import __version__
+from qwench.errors import CheckpointError
+
+FILE_NAME = "result.json"
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class SourceFacts(Record):
+    """The checkpoint that the release was made from."""
+
+    name: str
+    revision: str | None = None
+    model_type: str
+    layout: str
+    parameters: int
+    tensors: int
+    bytes: int
+    license: str | None = None
+
+
+class FileFact(Record):
+    name: str
+    bytes: int
+
+
+class PrecisionRow(Record):
+    """All weights of one component that are stored alike: `component` is attention, delta, mlp, expert, shared, embed, head, mtp, vision, other."""
+
+    component: str
+    stored: str
+    tensors: int
+    parameters: int
+    bytes: int
+
+
+class TensorError(Record):
+    """Round-trip error of one quantized weight: absolute values, and the root mean square relative to the weight's own."""
+
+    module: str
+    role: str
+    layer: int | None
+    scheme: str
+    mean_abs: float
+    max_abs: float
+    relative_rms: float
+
+
+class RunFacts(Record):
+    seconds: float
+    peak_rss: int
+    threads: int
+    resumed_files: int = 0
+
+
+class Estimate(Record):
+    """A mean over documents with its standard error."""
+
+    mean: float
+    standard_error: float
+
+
+class Divergence(Record):
+    """KL(source || release) per token, nats."""
+
+    mean: Estimate
+    p99: float
+    p999: float
+    max: float
+    histogram_edges: list[float] = Field(default_factory=list)
+    histogram_counts: list[int] = Field(default_factory=list)
+
+
+class Acceptance(Record):
+    """Share of drafts of the MTP head that its own trunk accepts greedily, by draft position (a position counts only where all before it
+    were accepted)."""
+
+    by_position: list[Estimate]
+
+
+class Evaluation(Record):
+    text: str
+    text_sha256: str
+    documents: int
+    tokens: int
+    compute_dtype: str
+    divergence: Divergence
+    perplexity_source: Estimate
+    perplexity_release: Estimate
+    top1_agreement: Estimate
+    acceptance_source: Acceptance | None = None
+    acceptance_release: Acceptance | None = None
+    seconds: float = 0.0
+
+
+class Verification(Record):
+    """What one engine did with the finished folder.
+
+    Attributes:
+        outcome: `agrees`, `loads` (numerics not proved, `notes` says why), `disagrees`, `failed`.
+        consumed, unconsumed: tensors of the files that the engine used, and the names of those it did not.
+        mean_kl, max_abs_logprob: our reading of the file against the engine's, on `positions` positions.
+    """
+
+    engine: str
+    version: str
+    outcome: str
+    consumed: int
+    unconsumed: list[str] = Field(default_factory=list)
+    uninitialized: list[str] = Field(default_factory=list)
+    positions: int = 0
+    mean_kl: float | None = None
+    max_abs_logprob: float | None = None
+    tolerance_kl: float | None = None
+    generated: str | None = None
+    image: str | None = None
+    speculation: dict[str, float] | None = None
+    notes: list[str] = Field(default_factory=list)
+
+
+class Result(Record):
+    qwench: str = __version__
+    recipe: dict[str, Any]
+    source: SourceFacts
+    files: list[FileFact]
+    precision: list[PrecisionRow]
+    errors: list[TensorError]
+    run: RunFacts
+    evaluation: Evaluation | None = None
+    verifications: list[Verification] = Field(default_factory=list)
+
+    @property
+    def bytes(self) -> int:
+        return sum(f.bytes for f in self.files)
+
+
+def read_result(folder: Path) -> Result:
+    """The record of a release folder. Raises CheckpointError where there is none or it is not ours."""
+    path = folder / FILE_NAME
+    try:
+        return Result.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} holds no {FILE_NAME}", "give the folder of a release that `qwench run` made") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not a record of this version: {error}", "make the release again") from None
+
+
+def write_result(folder: Path, result: Result) -> None:
+    """Replace the record in one move."""
+    beside = folder / (FILE_NAME + ".new")
+    beside.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    beside.replace(folder / FILE_NAME)
