@@ -116,10 +116,21 @@ class Export(Strict):
     Attributes:
         format: the container format.
         shard_size: largest size of one safetensors file: `5GB`, `500MB`.
+        dtype: of the weights that are kept; `source` keeps them bit for bit.
     """
 
     format: Literal["compressed-tensors"] = "compressed-tensors"
     shard_size: str = "5GB"
+    dtype: str = "source"
+
+    @field_validator("dtype")
+    @classmethod
+    def _dtype(cls, value: str) -> str:
+        if value in {"float16", "fp16", "half"}:
+            raise ValueError("float16 is refused: Gated DeltaNet's intermediate values overflow it; leave dtype out, or say source")
+        if value != "source":
+            raise ValueError(f"dtype {value!r} is not known; known: source")
+        return value
 
     @field_validator("shard_size")
     @classmethod

@@ -17,6 +17,19 @@ from typing import Literal
 
 from qwench.checkpoint.source import Part
 
+LAYER_ROLES = (
+    "norm.input", "norm.post",
+    "attention.q", "attention.k", "attention.v", "attention.o", "attention.q_norm", "attention.k_norm",
+    "delta.qkv", "delta.z", "delta.a", "delta.b", "delta.out", "delta.conv", "delta.A_log", "delta.dt_bias", "delta.norm",
+    "mlp.gate", "mlp.up", "mlp.down",
+    "router", "expert.gate", "expert.up", "expert.down", "shared.gate", "shared.up", "shared.down", "shared.router",
+)  # fmt: skip
+ROLES = (
+    "embed", "head", "norm.final", *LAYER_ROLES,
+    "mtp.fc", "mtp.norm.embedding", "mtp.norm.hidden", "mtp.norm.final", *(f"mtp.{role}" for role in LAYER_ROLES),
+)  # fmt: skip
+"""Every role but the tower's, whose roles are `vision.` and the rest of the stored name."""
+
 
 @dataclass(frozen=True)
 class Slot:
