@@ -5,6 +5,7 @@
     |   |-- CheckpointError      a file or tensor is missing, corrupt, of the wrong shape or dtype
     |   |-- RecipeError          a recipe says something that cannot be meant
     |   |-- PlanError            recipe and checkpoint do not fit together: carries every complaint at once
+    |   |-- TextError            text for evaluation or calibration that is missing, unreadable or too short
     |   |-- OutputError          the output folder or the disk
     |   |-- EngineError          an engine is absent, or refused the file
     |   `-- VerificationError    an engine ran and disagreed, or a gate was missed
@@ -55,6 +56,10 @@ class PlanError(UserError):
         self.complaints = list(complaints)
         lines = [f"{what}\n  mend: {mend}" if mend else what for what, mend in complaints]
         super().__init__("\n".join(lines))
+
+
+class TextError(UserError):
+    """Text that rows of tokens should come from."""
 
 
 class OutputError(UserError):

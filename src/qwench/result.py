@@ -39,13 +39,17 @@ class FileFact(Record):
 
 
 class PrecisionRow(Record):
-    """All weights of one component that are stored alike: `component` is attention, delta, mlp, expert, shared, embed, head, mtp, vision, other."""
+    """All weights of one component that are stored alike: `component` is attention, delta, mlp, expert, shared, embed, head, mtp, vision, other.
+
+    `source_bytes` is what the same weights took in the source; None where nobody counted.
+    """
 
     component: str
     stored: str
     tensors: int
     parameters: int
     bytes: int
+    source_bytes: int | None = None
 
 
 class TensorError(Record):
@@ -75,7 +79,10 @@ class Estimate(Record):
 
 
 class Divergence(Record):
-    """KL(source || release) per token, nats."""
+    """KL(source || release) per token, nats.
+
+    The histogram has one count fewer than edges; its lowest bin also holds everything below it, zero included.
+    """
 
     mean: Estimate
     p99: float
@@ -93,9 +100,22 @@ class Acceptance(Record):
 
 
 class Evaluation(Record):
+    """Source and release on the same rows.
+
+    Attributes:
+        text: the name of the text, and the SHA-256 of its file.
+        ids_sha256: SHA-256 of the rows' token ids.
+        documents, length: rows, and tokens in each.
+        tokens: positions that were scored: all but the last of each row.
+        hidden_error_by_layer: after each decoder layer, ||release - source|| / ||source|| over the hidden states of all rows.
+        seconds, peak_rss: of the evaluation.
+    """
+
     text: str
     text_sha256: str
+    ids_sha256: str = ""
     documents: int
+    length: int = 0
     tokens: int
     compute_dtype: str
     divergence: Divergence
@@ -104,7 +124,9 @@ class Evaluation(Record):
     top1_agreement: Estimate
     acceptance_source: Acceptance | None = None
     acceptance_release: Acceptance | None = None
+    hidden_error_by_layer: list[float] = Field(default_factory=list)
     seconds: float = 0.0
+    peak_rss: int = 0
 
 
 class Verification(Record):

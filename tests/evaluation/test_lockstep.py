@@ -1,0 +1,62 @@
+import pytest
+import torch
+
+from qwench.errors import CheckpointError
+from qwench.evaluation.lockstep import read_in_lockstep, relative_difference
+
+IDS = torch.arange(12).view(3, 4)
+BLOCKS, HIDDEN = 5, 6
+
+
+class Doubling:
+    """A trunk whose block i multiplies by 2, plus `drift` after block `late`."""
+
+    def __init__(self, drift: float = 0.0, late: int = 0, poison: tuple[int, int] | None = None) -> None:
+        self.drift, self.late, self.poison, self.calls = drift, late, poison, []
+
+    def embed(self, ids):
+        return (ids[..., None] + torch.arange(HIDDEN)).float() + 1
+
+    def run_block(self, index, hidden):
+        self.calls.append(index)
+        hidden = hidden * 2
+        if index >= self.late:
+            hidden = hidden * (1 + self.drift)
+        if self.poison and self.poison[0] == index:
+            hidden[self.poison[1], 2, 1] = float("inf")
+        return hidden
+
+    def norm(self, hidden):
+        return hidden / 32
+
+
+def test_error_by_layer_and_normed_states():
+    source, release = Doubling(), Doubling(drift=0.1, late=3)
+    reading = read_in_lockstep(source, release, IDS, BLOCKS)
+    assert source.calls == release.calls == list(range(BLOCKS))
+    assert reading.error_by_layer[:3] == [0.0, 0.0, 0.0]
+    assert reading.error_by_layer[3:] == [pytest.approx(0.1, rel=1e-5), pytest.approx(0.21, rel=1e-5)]
+    torch.testing.assert_close(reading.source, source.embed(IDS))
+    torch.testing.assert_close(reading.release, source.embed(IDS) * 1.21)
+
+
+@pytest.mark.parametrize("which", ["source", "release"])
+def test_infinity_names_model_block_and_row(which):
+    trunks = {"source": Doubling(), "release": Doubling(), which: Doubling(poison=(4, 1))}
+    with pytest.raises(CheckpointError, match=rf"the {which}'s hidden states .* decoder layer 4: row 1, 1 of 24 values"):
+        read_in_lockstep(trunks["source"], trunks["release"], IDS, BLOCKS)
+
+
+def test_progress_after_every_block():
+    seen = []
+    read_in_lockstep(Doubling(), Doubling(), IDS, BLOCKS, seen.append)
+    assert [(p.block, p.blocks, p.rows) for p in seen] == [(i + 1, BLOCKS, 3) for i in range(BLOCKS)]
+    assert seen[-1].seconds_left == 0 and all(p.tokens_per_second > 0 for p in seen)
+    assert seen[-1].peak_rss > 50 * 2**20  # torch alone is larger
+
+
+def test_relative_difference():
+    reference = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
+    assert relative_difference(reference + torch.tensor([[0.0, 1.0], [0.0, 0.0]]), reference) == pytest.approx(0.2)
+    assert relative_difference(torch.zeros(2, 2), torch.zeros(2, 2)) == 0
+    assert relative_difference(torch.ones(2, 2), torch.zeros(2, 2)) == float("inf")

@@ -1,0 +1,38 @@
+import pytest
+import torch
+
+from qwench.evaluation import divergence
+from qwench.evaluation.speculation import acceptance, accepted, greedy_tokens
+
+
+def test_acceptance_of_hand_made_drafts():
+    trunk = torch.tensor([[9, 1, 2, 3, 4, 5]])  # after position t
+    first = torch.tensor([[1, 2, 0, 4, 5]])  # entry t is for the place after position t + 1: wrong at t = 2
+    second = torch.tensor([[2, 0, 4, 5]])  # after t + 2: wrong at t = 1; right at t = 2, where the first was wrong
+    result = accepted(trunk, [first, second])
+    assert result.tolist() == [[[True, True], [True, False], [False, False], [True, True]]]
+
+
+def test_a_position_counts_only_where_all_before_it_agreed():
+    trunk = torch.arange(20).view(2, 10)
+    right = [trunk[:, k:] for k in (1, 2, 3)]
+    assert accepted(trunk, right).all()
+    wrong_first = [right[0] + 100, *right[1:]]
+    assert not accepted(trunk, wrong_first).any()
+    wrong_second = accepted(trunk, [right[0], right[1] + 100, right[2]])
+    assert wrong_second[..., 0].all() and not wrong_second[..., 1:].any()
+
+
+def test_shares_are_over_all_drafts_and_fall_with_position():
+    trunk = torch.tensor([[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]])
+    drafts = [torch.tensor([[1, 2, 0, 4], [6, 7, 8, 9]]), torch.tensor([[2, 0, 4], [7, 0, 9]])]
+    shares = acceptance(accepted(trunk, drafts))
+    assert [s.mean for s in shares] == [pytest.approx(5 / 6), pytest.approx(3 / 6)]
+    first = [2 / 3, 3 / 3]
+    assert shares[0].standard_error == pytest.approx(abs(first[0] - first[1]) / 2)  # of two means: half their distance
+
+
+def test_greedy_tokens_by_chunks(monkeypatch):
+    hidden, head = torch.randn(13, 5, generator=torch.Generator().manual_seed(1)), torch.eye(5)
+    monkeypatch.setattr(divergence, "CHUNK_BYTES", 4 * 4 * 5)
+    assert torch.equal(greedy_tokens(hidden, lambda h: h @ head, 5), hidden.argmax(-1))
