@@ -1,5 +1,6 @@
 """The two demo architectures. Dimensions differ from each other where the architecture allows it, so that a transpose or a
-swapped name cannot hide; all inner dimensions are multiples of 128 (group 128, NVFP4, 128x128 FP8 blocks)."""
+swapped name cannot hide; all inner dimensions are multiples of 128 (group 128, NVFP4, 128x128 FP8 blocks). Gated DeltaNet heads have 64 channels: vLLM's CPU kernel takes 64 and
+128 only."""
 
 from __future__ import annotations
 
@@ -27,26 +28,26 @@ DENSE_TEXT = COMMON | dict(
     linear_num_key_heads=2, linear_num_value_heads=6, linear_key_head_dim=64, linear_value_head_dim=64,
 )  # fmt: skip
 MOE_TEXT = COMMON | dict(
-    model_type="qwen3_5_moe_text", rope_parameters=ROPE, vocab_size=1088, hidden_size=128,
+    model_type="qwen3_5_moe_text", rope_parameters=ROPE, vocab_size=992, hidden_size=128,
     num_hidden_layers=4, layer_types=PATTERN, num_attention_heads=6, num_key_value_heads=3,
-    linear_num_key_heads=3, linear_num_value_heads=12, linear_key_head_dim=32, linear_value_head_dim=32,
+    linear_num_key_heads=3, linear_num_value_heads=6, linear_key_head_dim=64, linear_value_head_dim=64,
     num_experts=12, num_experts_per_tok=4, moe_intermediate_size=256, shared_expert_intermediate_size=384,
     router_aux_loss_coef=0.001, output_router_logits=False,
 )  # fmt: skip
 
 
-def vision(model_type: str, hidden: int, intermediate: int, out: int) -> dict[str, Any]:
+def vision(model_type: str, hidden: int, intermediate: int, positions: int, out: int) -> dict[str, Any]:
     """The tower: as small as its patch embedding and merger allow."""
     return dict(
         model_type=model_type, depth=2, hidden_size=hidden, hidden_act="gelu_pytorch_tanh", intermediate_size=intermediate,
         num_heads=3, in_channels=3, patch_size=16, spatial_merge_size=2, temporal_patch_size=2,
-        num_position_embeddings=144, deepstack_visual_indexes=[], out_hidden_size=out,
+        num_position_embeddings=positions, deepstack_visual_indexes=[], out_hidden_size=out,
     )  # fmt: skip
 
 
 SHAPES = {
     "dense": dict(architecture="Qwen3_5ForConditionalGeneration", model_type="qwen3_5", text=DENSE_TEXT,
-                  vision=vision("qwen3_5", 48, 160, 256), tokens=1500, seed=35),
+                  vision=vision("qwen3_5", 48, 160, 144, 256), tokens=1500, seed=35),
     "moe": dict(architecture="Qwen3_5MoeForConditionalGeneration", model_type="qwen3_5_moe", text=MOE_TEXT,
-                vision=vision("qwen3_5_moe", 24, 96, 128), tokens=1060, seed=36),
+                vision=vision("qwen3_5_moe", 24, 32, 36, 128), tokens=980, seed=36),
 }  # fmt: skip
