@@ -45,7 +45,7 @@ class Slot:
         part: the part of that tensor which is this weight; () is all of it.
         layer: decoder layer index (the MTP layers count from 0 again); None outside of layers.
         expert: expert index, or None.
-        linear: whether it is the matrix of a linear layer that may be quantized.
+        linear: whether it is the matrix of a linear layer. Which of these are never quantized (routers, decay gates) is the plan's business.
     """
 
     role: str
@@ -82,8 +82,11 @@ class Block:
         kind: which mixer it has.
         component: `text` or `mtp`.
         slots: its weights, in reading order.
-        inputs: sets of linear modules that read the very same input (they share second moments), by name of that input.
-        fused: sets of linear modules that engines join into one (one scheme, one outer scale, one activation order), by fused name.
+        inputs: sets of linear modules that read the very same input (they share second moments), by name of that input: `attention`,
+            `attention.o`, `delta`, `delta.out`, `mlp`, `mlp.down`, `shared.down`, `experts.7`, `experts.7.down`.
+        fused: sets of linear modules that engines join into one (one scheme, one outer scale, one activation order), by fused name: `qkv_proj`,
+            `gate_up_proj`, `in_proj_qkvz`, `in_proj_ba`, `shared_expert.gate_up_proj`, `experts.7.gate_up_proj`. And `experts`: all experts of
+            the layer, which share a scheme but no scale.
         folds: where smoothing scales may go.
     """
 
