@@ -9,6 +9,21 @@ from torch import Tensor
 from qwench.numerics.scheme import Scheme
 
 
+@dataclass(frozen=True)
+class RoundTrip:
+    """How far decoded values lie from the weight that was encoded.
+
+    Attributes:
+        mean_abs: mean of |decoded - weight|.
+        max_abs: the largest |decoded - weight|.
+        relative_rms: root mean square of the error over that of the weight; 0 for a weight of zeros.
+    """
+
+    mean_abs: float
+    max_abs: float
+    relative_rms: float
+
+
 @dataclass
 class Quantized:
     """A quantized matrix [out, in] in its number format; no packing, no names.
@@ -23,6 +38,7 @@ class Quantized:
         outer: float32 [1], only `nvfp4`: the divisor shared by a fused set (448 * 6 / amax).
         group_of_column: int32 [in], the group of each column where activation order permuted them; None: column // group.
         low_rank: (A [r, in], B [out, r]): an additive correction B @ A; not part of `dequantize`.
+        error: how far the values lie from the weight; None where it is not known (read from a file).
     """
 
     scheme: Scheme
@@ -32,6 +48,7 @@ class Quantized:
     outer: Tensor | None = None
     group_of_column: Tensor | None = None
     low_rank: tuple[Tensor, Tensor] | None = None
+    error: RoundTrip | None = None
 
     def dequantize(self) -> Tensor:
         """The values that these codes stand for, float32 [out, in]."""

@@ -1,0 +1,161 @@
+"""Working through a matrix in pieces that fit the cache.
+
+Encoding is some thirty simple passes over the weights. Done on a whole matrix, each pass would travel to main memory and back, and the
+temporaries would be four times the size of the bf16 weight. Done on tiles of 64 Ki elements with buffers that are used over and over, the
+passes stay in the second-level cache, and memory follows the tile, not the matrix.
+
+Tiles are independent, so threads share them out; PyTorch lets go of the interpreter lock inside its kernels. Each worker runs its kernels on
+one thread: a kernel of 10 microseconds is too short to be split further. Tile boundaries and the order of sums do not depend on the number of
+threads, so neither do the results.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from qwench.numerics.quantized import RoundTrip
+
+TILE_ELEMENTS = 1 << 16
+"""Elements in a tile: float32 buffers of 256 KiB. Measured best on cores with 1 MiB of second-level cache."""
+
+INT_OF = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""The integer type whose bits are looked at, by bytes per element."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows and columns of a matrix."""
+
+    rows: slice
+    columns: slice
+
+    def of(self, matrix: Tensor) -> Tensor:
+        return matrix[self.rows, self.columns]
+
+
+@dataclass
+class Workspace:
+    """Buffers of one worker, by name; handed out again and again."""
+
+    buffers: dict[tuple[str, torch.dtype], Tensor] = field(default_factory=dict)
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        """An uninitialized contiguous tensor that stays valid until the same name is taken again."""
+        size = math.prod(shape)
+        have = self.buffers.get((name, dtype))
+        if have is None or have.numel() < size:
+            have = self.buffers[name, dtype] = torch.empty(size, dtype=dtype)
+        return have[:size].view(shape)
+
+
+@dataclass(frozen=True)
+class ErrorSums:
+    """Sums over a tile from which `RoundTrip` is made: |error|, error squared and weight squared are summed, and the largest |error|."""
+
+    absolute: float
+    largest: float
+    square: float
+    weight_square: float
+
+
+Work = Callable[[Tile, Workspace], ErrorSums]
+
+
+def tiles(rows: int, columns: int, height: int = 1, width: int | None = None, elements: int = TILE_ELEMENTS) -> Iterator[Tile]:
+    """Cuts a matrix into tiles of about `elements`, whose edges are multiples of `height` rows and `width` columns (None: whole rows)."""
+    across = columns if width is None else min(columns, max(1, elements // (height * width)) * width)
+    down = max(1, elements // (max(1, across) * height)) * height
+    for top in range(0, rows, down):
+        for left in range(0, columns, max(1, across)):
+            yield Tile(slice(top, min(top + down, rows)), slice(left, min(left + across, columns)))
+
+
+_POOL_LOCK = threading.Lock()
+_POOL: dict[int, ThreadPoolExecutor] = {}
+
+
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """The shared pool of so many workers; each of them keeps PyTorch to one thread."""
+    with _POOL_LOCK:
+        if threads not in _POOL:
+            _POOL[threads] = ThreadPoolExecutor(threads, "encode", initializer=torch.set_num_threads, initargs=(1,))
+        return _POOL[threads]
+
+
+def work_through(matrix: Tensor, work: Work, height: int = 1, width: int | None = None) -> RoundTrip:
+    """Does `work` on every tile, on as many threads as PyTorch would use here (`torch.get_num_threads()`), and adds up the errors."""
+    rows, columns = matrix.shape
+    pieces = list(tiles(rows, columns, height, width))
+    threads = min(torch.get_num_threads(), len(pieces))
+    if threads <= 1:
+        workspace = Workspace()
+        sums = [work(tile, workspace) for tile in pieces]
+    else:
+        sums = _spread(pieces, work, threads)
+    return round_trip(sums, rows * columns)
+
+
+def _spread(pieces: list[Tile], work: Work, threads: int) -> list[ErrorSums]:
+    """One run of consecutive tiles for each worker; the sums come back in the order of the tiles."""
+    share = math.ceil(len(pieces) / threads)
+
+    def run(first: int) -> list[ErrorSums]:
+        workspace = Workspace()
+        return [work(tile, workspace) for tile in pieces[first : first + share]]
+
+    futures = [_pool(threads).submit(run, first) for first in range(0, len(pieces), share)]
+    return [sums for future in futures for sums in future.result()]
+
+
+def round_trip(sums: list[ErrorSums], elements: int) -> RoundTrip:
+    """The error of a whole matrix from the sums of its tiles."""
+    if not elements:
+        return RoundTrip(0.0, 0.0, 0.0)
+    square, weight_square = math.fsum(s.square for s in sums), math.fsum(s.weight_square for s in sums)
+    relative = math.sqrt(square / weight_square) if weight_square > 0 else 0.0
+    return RoundTrip(math.fsum(s.absolute for s in sums) / elements, max(s.largest for s in sums), relative)
+
+
+def error_sums(error: Tensor, weight: Tensor) -> ErrorSums:
+    """Sums over one tile. `error` and `weight` are contiguous float32 of one size; `error` is overwritten.
+
+    Squares are summed in float32 within a tile; of weights beyond 1e17 or below 1e-17 they would overflow or vanish, so those tiles are summed
+    in float64.
+    """
+    error, weight = error.view(-1), weight.view(-1)
+    absolute = torch.abs(error, out=error)
+    square, weight_square = float(torch.dot(error, error)), float(torch.dot(weight, weight))
+    if not 1e-30 < weight_square < 1e36 or not square < 1e36:
+        square, weight_square = float(error.double().square().sum()), float(weight.double().square().sum())
+        return ErrorSums(float(absolute.double().sum()), float(absolute.max()), square, weight_square)
+    return ErrorSums(float(absolute.sum()), float(absolute.max()), square, weight_square)
+
+
+def largest_magnitude(weight: Tensor) -> float:
+    """The largest |value| of a floating-point matrix or vector; not finite if any value is not (NaN or infinity). One pass, no copy.
+
+    Magnitudes of IEEE numbers order like their bits without the sign, with infinity and NaN above everything else.
+    """
+    if not weight.numel():
+        return 0.0
+    matrix = weight.reshape(1, -1) if weight.dim() < 2 else weight.flatten(0, -2)
+    bits = matrix.view(INT_OF[matrix.element_size()])
+    mask = torch.iinfo(bits.dtype).max
+    workspace, largest = Workspace(), 0
+    for tile in tiles(*matrix.shape):
+        part = tile.of(bits)
+        magnitude = workspace.take("magnitude", tuple(part.shape), bits.dtype)
+        largest = max(largest, int(torch.bitwise_and(part, mask, out=magnitude).max()))
+    return float(torch.tensor([largest], dtype=bits.dtype).view(weight.dtype)[0])
+
+
+def finite(weight: Tensor) -> bool:
+    """Whether a weight holds no NaN and no infinity. One pass, no copy."""
+    return math.isfinite(largest_magnitude(weight))
