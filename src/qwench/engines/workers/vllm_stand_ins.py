@@ -1,0 +1,203 @@
+"""Arithmetic for the formats that vLLM has no CPU kernel for, so that everything around the kernel can still be run and compared.
+
+A quantized layer of vLLM is: parameters in the file's format (`create_weights`), a loader that joins the file's tensors into them, a step that reads what the joined
+parameters mean, and a kernel. Only the last is missing on a CPU. A stand-in takes the joined parameters as vLLM loaded them, decodes them to the model's
+dtype and multiplies as for an unquantized layer. What agrees with our own reading after that proves names, fusing, order, scales and the one outer scale
+that vLLM keeps of several; it proves nothing about the kernel that a GPU runs, and whoever reports must say so.
+
+A stand-in is used only where vLLM's own choice of a kernel fails. Runs inside of the engine's environment: no import of ours.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+
+used: list[str] = []
+"""What was stood in for in this process."""
+
+
+def note(what: str) -> None:
+    if what not in used:
+        used.append(what)
+
+
+def nvfp4_values(packed: Tensor, scales: Tensor, factor: Tensor) -> Tensor:
+    """float32 [..., out, in] from nibbles uint8 [..., out, in/2] (low nibble first), block scales [..., out, in/16] and a factor that broadcasts."""
+    codes = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2).long()
+    values = E2M1[codes & 7] * torch.where(codes > 7, -1.0, 1.0)
+    blocks = values.unflatten(-1, (-1, 16)) * scales.float().unsqueeze(-1)
+    return blocks.flatten(-2) * factor
+
+
+def integer_values(packed: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
+    """float32 [..., out, in] from codes packed along `in` into int32, lowest first, and scales [..., out, groups]; zeros are packed along `out`."""
+    codes = unpack(packed, bits)
+    offset = (
+        torch.full(scales.shape, 1 << (bits - 1))
+        if zeros is None
+        else unpack(zeros.transpose(-1, -2), bits).transpose(-1, -2)
+    )
+    groups = codes.unflatten(-1, (scales.shape[-1], -1)) - offset.unsqueeze(-1)
+    return (groups * scales.float().unsqueeze(-1)).flatten(-2)
+
+
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """int32 [..., n] to its codes int32 [..., n * 32 / bits], lowest bits first."""
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    return ((packed.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).flatten(-2)
+
+
+def install() -> None:
+    """Offer the stand-ins where vLLM finds nothing."""
+    _linear_nvfp4()
+    _linear_integer()
+    _experts_nvfp4()
+    _experts_integer()
+
+
+def _linear_nvfp4() -> None:
+    from vllm.model_executor.kernels.linear.nvfp4.base import NvFp4LinearKernel, NvFp4LinearLayerConfig
+    from vllm.model_executor.layers.quantization.compressed_tensors.schemes import compressed_tensors_w4a4_nvfp4 as module
+
+    class StandIn(NvFp4LinearKernel):
+        @classmethod
+        def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
+            return True, None
+
+        @classmethod
+        def can_implement(cls, config: Any) -> tuple[bool, str | None]:
+            return True, None
+
+        def process_weights_after_loading(self, layer: nn.Module) -> None:
+            values = nvfp4_values(layer.weight.data, layer.weight_scale.data, layer.weight_global_scale.data)
+            layer.weight = nn.Parameter(values.to(torch.get_default_dtype()), requires_grad=False)
+
+        def apply_weights(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+            return nn.functional.linear(x, layer.weight, bias)
+
+    choose = module.init_nvfp4_linear_kernel
+
+    def choose_or_stand_in(use_a16: bool = False) -> Any:
+        try:
+            return choose(use_a16=use_a16)
+        except (ValueError, AttributeError):
+            note("NVFP4 linear layers" + ("" if use_a16 else " (their activations not quantized)"))
+            return StandIn(NvFp4LinearLayerConfig())
+
+    module.init_nvfp4_linear_kernel = choose_or_stand_in
+
+
+def _linear_integer() -> None:
+    from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearKernel
+    from vllm.model_executor.layers.quantization.compressed_tensors.schemes import compressed_tensors_wNa16 as module
+
+    class StandIn(MPLinearKernel):
+        @classmethod
+        def get_min_capability(cls) -> int:
+            return -1
+
+        @classmethod
+        def can_implement(cls, c: Any) -> tuple[bool, str | None]:
+            return True, None
+
+        def process_weights_after_loading(self, layer: nn.Module) -> None:
+            packed, scales, zeros = self._get_weight_params(layer)
+            bits = self.config.weight_type.size_bits
+            values = integer_values(packed.data, scales.data, zeros.data if self.config.zero_points else None, bits)
+            layer.weight = nn.Parameter(values.to(scales.dtype), requires_grad=False)
+
+        def apply_weights(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+            return nn.functional.linear(x, layer.weight, bias)
+
+    choose = module.choose_mp_linear_kernel
+
+    def choose_or_stand_in(config: Any) -> Any:
+        try:
+            kernel = choose(config)
+            missing = kernel.__name__.startswith("CPU") and not hasattr(torch.ops._C, "cpu_gemm_wna16")
+        except (ValueError, NotImplementedError, AttributeError):
+            missing, kernel = True, None
+        if missing:
+            note(f"INT{config.weight_type.size_bits} linear layers")
+            return StandIn
+        return kernel
+
+    module.choose_mp_linear_kernel = choose_or_stand_in
+
+
+class NoExperts:
+    """In the place of the class of a fused-experts kernel, until the decoded weights go to the unquantized one."""
+
+    @staticmethod
+    def is_monolithic() -> bool:
+        return False
+
+
+def _run_unquantized(method: Any, layer: nn.Module, gate_up: Tensor, down: Tensor) -> None:
+    """Give a quantized experts layer the unquantized kernel, with decoded weights [experts, 2 * width, hidden] and [experts, hidden, width]."""
+    from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
+
+    for name, values in (("w13_weight", gate_up), ("w2_weight", down)):
+        setattr(layer, name, nn.Parameter(values.to(layer.params_dtype), requires_grad=False))
+    plain = UnquantizedFusedMoEMethod(method.moe)
+    plain.process_weights_after_loading(layer)
+    method.moe_quant_config, method.moe_kernel = plain.moe_quant_config, plain.moe_kernel
+
+
+def _offer_experts(module: Any, cls: Any, select: str, what: str, decode: Any) -> None:
+    """Where `select` finds no backend, let the layer load in the file's format and run on what `decode` makes of it."""
+    choose, process = getattr(module, select), cls.process_weights_after_loading
+
+    def choose_or_stand_in(**arguments: Any) -> Any:
+        try:
+            return choose(**arguments)
+        except (ValueError, NotImplementedError, AttributeError):
+            note(what)
+            return None, NoExperts
+
+    def decode_or_process(method: Any, layer: nn.Module) -> None:
+        if method.experts_cls is NoExperts:
+            _run_unquantized(method, layer, *decode(method, layer))
+        else:
+            process(method, layer)
+
+    setattr(module, select, choose_or_stand_in)
+    cls.process_weights_after_loading = decode_or_process
+
+
+def _experts_nvfp4() -> None:
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
+        compressed_tensors_moe_w4a4_nvfp4 as module,
+    )
+
+    def decode(method: Any, layer: nn.Module) -> tuple[Tensor, Tensor]:
+        # As vLLM does for its own kernels: the gate's outer scale stands for the up projection's too.
+        gate = 1.0 / layer.w13_weight_global_scale.data[:, 0]
+        down = 1.0 / layer.w2_weight_global_scale.data
+        return (
+            nvfp4_values(layer.w13_weight_packed.data, layer.w13_weight_scale.data, gate[:, None, None]),
+            nvfp4_values(layer.w2_weight_packed.data, layer.w2_weight_scale.data, down[:, None, None]),
+        )
+
+    _offer_experts(module, module.CompressedTensorsW4A4Nvfp4MoEMethod, "select_nvfp4_moe_backend", "NVFP4 experts", decode)
+
+
+def _experts_integer() -> None:
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
+        compressed_tensors_moe_wna16 as module,
+    )
+
+    def decode(method: Any, layer: nn.Module) -> tuple[Tensor, Tensor]:
+        def values(part: str) -> Tensor:
+            zeros = getattr(layer, f"{part}_weight_zero_point", None)
+            packed, scales = getattr(layer, f"{part}_weight_packed").data, getattr(layer, f"{part}_weight_scale").data
+            return integer_values(packed, scales, None if zeros is None else zeros.data, method.num_bits)
+
+        return values("w13"), values("w2")
+
+    _offer_experts(module, module.CompressedTensorsWNA16MoEMethod, "select_wna16_moe_backend", "integer experts", decode)

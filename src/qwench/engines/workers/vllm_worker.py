@@ -1,0 +1,134 @@
+"""Ask vLLM: `python vllm_worker.py FOLDER`, with the python of vLLM's own environment; see `qwench.engines.base` for what lies in FOLDER.
+
+One `LLM` does everything: with drafts from the MTP head where they are asked for (so that the head is built and loaded by vLLM's own rules), and with images
+where the tower is there. An engine that refuses the file is an answer, not a crash: what its loader had done until then is in it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import vllm_stand_ins
+from vllm_ledger import Ledger
+
+UNREAD = {
+    "input_global_scale": "allocated for NVFP4 experts, and not read where activations stay as they are",
+}
+
+
+def main(folder: Path) -> None:
+    request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
+    config = json.loads((Path(request["folder"]) / "config.json").read_text(encoding="utf-8"))
+    ledger, answer = Ledger().install(), {"version": _version()}
+    vllm_stand_ins.install()
+    try:
+        _serve(request, config, folder, answer)
+    except Exception as error:
+        traceback.print_exc()
+        answer["refused"] = f"{type(error).__name__}: {str(error).strip()[:600]}"
+    _account(ledger, answer)
+    (folder / "answer.json").write_text(json.dumps(answer), encoding="utf-8")
+
+
+def _version() -> str:
+    import torch
+    import vllm
+
+    return f"{vllm.__version__}, torch {torch.__version__}"
+
+
+def _serve(request: dict[str, Any], config: dict[str, Any], folder: Path, answer: dict[str, Any]) -> None:
+    """Load; then the rows, the image, and what was drafted and accepted."""
+    from vllm import LLM
+
+    length = max(len(row) for row in request["rows"])
+    image = request["image"] and _sees(Path(request["folder"]), config)
+    arguments: dict[str, Any] = dict(
+        model=request["folder"], dtype=request["dtype"], max_model_len=length + max(request["generate"], 16) + 256, max_num_seqs=2,
+        enforce_eager=True, max_logprobs=request["top_k"] or -1, enable_prefix_caching=False, disable_log_stats=False,
+        skip_tokenizer_init=not image, seed=0,
+    )  # fmt: skip
+    if "vision_config" in config:
+        arguments["limit_mm_per_prompt"] = {"image": int(image), "video": 0}
+    if request["speculate"]:
+        arguments["speculative_config"] = {"method": "mtp", "num_speculative_tokens": request["speculate"]}
+    llm = LLM(**arguments)
+    _rows(llm, request, folder, answer)
+    if request["speculate"]:
+        answer["speculation"] = _counts(llm)
+    if image:
+        answer["image"] = _images(llm, request, config)
+
+
+def _sees(folder: Path, config: dict[str, Any]) -> bool:
+    return "vision_config" in config and (folder / "preprocessor_config.json").is_file() and (folder / "tokenizer.json").is_file()
+
+
+def _rows(llm: Any, request: dict[str, Any], folder: Path, answer: dict[str, Any]) -> None:
+    """Log-probabilities of every row; greedy tokens after the first."""
+    from vllm import SamplingParams
+
+    top = request["top_k"] or -1
+    for number, row in enumerate(request["rows"]):
+        length = request["generate"] if number == 0 else 1
+        sampling = SamplingParams(temperature=0, max_tokens=length, prompt_logprobs=top, ignore_eos=True, detokenize=False)
+        output = llm.generate([{"prompt_token_ids": row}], sampling, use_tqdm=False)[0]
+        if number == 0:
+            answer["generated"] = list(output.outputs[0].token_ids)
+        np.savez(folder / f"row{number}.npz", **_arrays(output.prompt_logprobs[1:], request["top_k"]))
+
+
+def _arrays(places: list[dict[int, Any]], top_k: int | None) -> dict[str, np.ndarray[Any, Any]]:
+    """The k most likely tokens of each place; vLLM adds the token that stands there, which is left out where it is not among them."""
+    if top_k is None:
+        return {"logprobs": np.array([[place[t].logprob for t in range(len(place))] for place in places], np.float32)}
+    best = [sorted(place.items(), key=lambda item: -item[1].logprob)[:top_k] for place in places]
+    return {
+        "tokens": np.array([[token for token, _ in place] for place in best], np.int64),
+        "logprobs": np.array([[entry.logprob for _, entry in place] for place in best], np.float32),
+    }
+
+
+def _counts(llm: Any) -> dict[str, Any]:
+    """Drafts, drafted tokens, accepted tokens, accepted by position."""
+    found = {m.name.removeprefix("vllm:spec_decode_num_"): m for m in llm.get_metrics() if "spec_decode_num_" in m.name}
+    return {
+        "drafts": found["drafts"].value,
+        "drafted": found["draft_tokens"].value,
+        "accepted": found["accepted_tokens"].value,
+        "accepted_by_position": list(found["accepted_tokens_per_pos"].values),
+    }
+
+
+def _images(llm: Any, request: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """One prompt with two different images."""
+    from PIL import Image
+    from vllm import SamplingParams
+
+    prompt = [config["vision_start_token_id"], config["image_token_id"], config["vision_end_token_id"], *request["rows"][0][:4]]
+    said, lengths = [], []
+    for seed in (0, 1):
+        pixels = np.random.default_rng(seed).integers(0, 256, (288, 320, 3), dtype=np.uint8)
+        question = {"prompt_token_ids": prompt, "multi_modal_data": {"image": Image.fromarray(pixels)}}
+        sampling = SamplingParams(temperature=0, max_tokens=6, logprobs=5, ignore_eos=True, detokenize=False)
+        output = llm.generate([question], sampling, use_tqdm=False)[0]
+        said.append([(t, round(p[t].logprob, 4)) for t, p in zip(output.outputs[0].token_ids, output.outputs[0].logprobs)])
+        lengths.append(len(output.prompt_token_ids) - len(prompt) + 1)
+    return {"tokens": lengths[0], "generated": [t for t, _ in said[0]], "differs": said[0] != said[1]}
+
+
+def _account(ledger: Ledger, answer: dict[str, Any]) -> None:
+    answer["consumed"] = ledger.consumed
+    answer["uninitialized"] = [n for n in ledger.uninitialized if not n.endswith(tuple(UNREAD))]
+    notes = [f"{name}: {UNREAD[suffix]}" for name in ledger.uninitialized for suffix in UNREAD if name.endswith(suffix)][:1]
+    answer["notes"] = notes + [f"{load.model}: {len(load.given)} tensors handed over, {len(load.consumed)} taken" for load in ledger.loads]
+    answer["stand_ins"] = vllm_stand_ins.used
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
