@@ -1,0 +1,215 @@
+"""The pictures of a card, each from the record alone.
+
+- `error_by_layer.png`: round-trip error of every quantized role in every layer, and below it what the hidden states have become at that depth.
+- `divergence.png`: how the per-token divergence is distributed, and its tail.
+- `bytes.png`: what each component takes in the source and in the release.
+
+Colours are blue and orange of the palette of Okabe and Ito, and shades of one blue: safe for colour-blind readers. A picture whose numbers were not measured is not
+drawn, and an older one of the same name is removed.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from qwench.models.map import ROLES
+from qwench.result import Divergence, PrecisionRow, Result, TensorError
+
+BLUE, ORANGE, GREY, INK = "#0072B2", "#D55E00", "#B8BDC4", "#30343A"
+SHADES = LinearSegmentedColormap.from_list("shades", [(0.0, "#C5DDEC"), (0.5, "#4B95C1"), (1.0, "#08306B")])
+STYLE: dict[str, Any] = {
+    "font.size": 9.5, "font.family": "DejaVu Sans", "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": "#8A9099",
+    "xtick.color": INK, "ytick.color": INK, "axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "grid.color": "#E4E7EB", "grid.linewidth": 0.8,
+    "legend.frameon": False, "figure.facecolor": "white",
+}  # fmt: skip
+
+
+def draw_plots(result: Result, folder: Path) -> dict[str, str]:
+    """Draw what was measured into `folder`; returns file name -> caption, in the order in which a reader wants them."""
+    evaluation = result.evaluation
+    drawn: dict[str, tuple[str, Callable[[], Figure] | None]] = {
+        "divergence.png": (
+            "Divergence from the source, token by token",
+            (lambda: divergence_figure(evaluation.divergence))
+            if evaluation and any(evaluation.divergence.histogram_counts)
+            else None,
+        ),
+        "error_by_layer.png": (
+            "Error by layer",
+            (lambda: layer_figure(result.errors, evaluation.hidden_error_by_layer if evaluation else []))
+            if _by_layer(result)
+            else None,
+        ),
+        "bytes.png": ("Bytes by component", (lambda: bytes_figure(result.precision)) if result.precision else None),
+    }
+    captions = {}
+    folder.mkdir(exist_ok=True)
+    for name, (caption, figure) in drawn.items():
+        if figure is None:
+            (folder / name).unlink(missing_ok=True)
+            continue
+        with matplotlib.rc_context(STYLE):
+            _save(figure(), folder / name)
+        captions[name] = caption
+    return captions
+
+
+def layer_figure(errors: Iterable[TensorError], hidden_errors: list[float]) -> Figure:
+    """Round-trip error as a map of role and layer; hidden-state error as a line under it, on the same layers."""
+    roles, table = layer_table(errors)
+    layers = max(table.shape[1], len(hidden_errors))
+    heights = [0.27 * len(roles) + 0.2] * bool(roles) + [1.7] * bool(hidden_errors)
+    figure = Figure(figsize=(7.6, sum(heights) + 1.25 + 0.45 * (len(heights) - 1)), layout="constrained")
+    figure.set_layout_engine("constrained", hspace=0.06)
+    axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    if roles:
+        _error_map(figure, axes[0], roles, table)
+    if hidden_errors:
+        _hidden_line(axes[-1], hidden_errors)
+    axes[-1].set_xlabel("decoder layer")
+    axes[-1].set_xlim(-0.5, layers - 0.5)
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=min(layers, 12)))
+    return figure
+
+
+def layer_table(errors: Iterable[TensorError]) -> tuple[list[str], Any]:
+    """Roles, and [role, layer] relative round-trip error: the root mean square over the role's weights in that layer, NaN where none is quantized."""
+    found: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for error in errors:
+        if error.layer is not None and not error.role.startswith("mtp."):
+            found[error.role, error.layer].append(error.relative_rms)
+    known = {role: place for place, role in enumerate(ROLES)}
+    roles = sorted({role for role, _ in found}, key=lambda role: (known.get(role, len(known)), role))
+    table = np.full((len(roles), 1 + max((layer for _, layer in found), default=-1)), np.nan)
+    for (role, layer), values in found.items():
+        table[roles.index(role), layer] = np.sqrt(np.mean(np.square(values)))
+    return roles, table
+
+
+def divergence_figure(divergence: Divergence) -> Figure:
+    """The histogram on the left; on the right the share of tokens beyond a divergence, down to the last token."""
+    edges, counts = np.array(divergence.histogram_edges), np.array(divergence.histogram_counts)
+    used = np.flatnonzero(counts)
+    low, high = max(used[0] - 1, 0), min(used[-1] + 2, len(counts))
+    shares = counts / counts.sum()
+    figure = Figure(figsize=(7.6, 3.1), layout="constrained")
+    left, right = figure.subplots(1, 2, sharex=True)
+    left.stairs(shares[low:high] * 100, edges[low : high + 1], fill=True, color=BLUE, alpha=0.85)
+    left.set(title="Tokens by divergence", ylabel="share of tokens (%)", xscale="log", ylim=(0, shares.max() * 118))
+    beyond = shares[::-1].cumsum()[::-1] * 100  # at the lower edge of each bin
+    inside = edges[low:high] < divergence.max
+    right.plot(
+        [*edges[low:high][inside], divergence.max], [*beyond[low:high][inside], 100 / counts.sum()], color=BLUE, linewidth=1.8
+    )
+    right.set(title="The tail", ylabel="share of tokens at or beyond (%)", yscale="log", ylim=(50 / counts.sum(), 160))
+    right.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    right.minorticks_off()
+    for axis in (left, right):
+        axis.set_xlabel("KL(source || release) per token (nats)")
+        axis.grid(axis="y")
+    _mark(left, divergence.mean.mean, "mean", right=True)
+    left.minorticks_off()
+    for value, label in ((divergence.p99, "p99"), (divergence.p999, "p99.9"), (divergence.max, "max")):
+        _mark(right, value, label)
+    return figure
+
+
+def bytes_figure(precision: Iterable[PrecisionRow]) -> Figure:
+    """One pair of bars for each component, the largest first; only the release's where the source's bytes were not counted."""
+    rows = byte_rows(precision)
+    whole = all(before is not None for _, before, _ in rows)
+    unit, name = (1e9, "GB") if sum(after for *_, after in rows) >= 2e9 else (1e6, "MB")
+    figure = Figure(figsize=(7.6, 0.46 * len(rows) + 1.1), layout="constrained")
+    axis = figure.subplots()
+    places = np.arange(len(rows))
+    bars = []
+    if whole:
+        bars.append(axis.barh(places - 0.19, [(before or 0) / unit for _, before, _ in rows], 0.34, color=GREY, label="source"))
+    bars.append(axis.barh(places + 0.19 * whole, [after / unit for *_, after in rows], 0.34, color=BLUE, label="release"))
+    for bar in bars:
+        axis.bar_label(bar, fmt=lambda value: size_text(value * unit), padding=3, fontsize=8.5)
+    axis.set_yticks(places, [component for component, *_ in rows])
+    axis.invert_yaxis()
+    axis.set(title="Bytes by component", xlabel=f"size ({name})")
+    axis.margins(x=0.1)
+    axis.tick_params(axis="y", length=0)
+    axis.grid(axis="x")
+    if whole:
+        axis.legend(loc="lower right")
+    return figure
+
+
+def byte_rows(precision: Iterable[PrecisionRow]) -> list[tuple[str, int | None, int]]:
+    """(component, bytes in the source or None, bytes in the release), the largest first."""
+    before: dict[str, int | None] = {}
+    after: dict[str, int] = defaultdict(int)
+    for row in precision:
+        known = before.get(row.component, 0)
+        before[row.component] = None if known is None or row.source_bytes is None else known + row.source_bytes
+        after[row.component] += row.bytes
+    rows = [(component, before[component], size) for component, size in after.items()]
+    return sorted(rows, key=lambda row: -(row[1] or row[2]))
+
+
+def size_text(size: float) -> str:
+    """Bytes for a reader, decimal units, three digits: `11.2 GB`, `486 MB`, `0 B`."""
+    unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if size >= 0.9995 * u), (1.0, "B"))
+    value = size / unit
+    return f"{value:.{2 if value < 9.995 and unit > 1 else 1 if value < 99.95 and unit > 1 else 0}f} {name}"
+
+
+def _by_layer(result: Result) -> bool:
+    hidden = result.evaluation.hidden_error_by_layer if result.evaluation else []
+    return bool(hidden) or bool(layer_table(result.errors)[0])
+
+
+def _error_map(figure: Figure, axis: Any, roles: list[str], table: Any) -> None:
+    image = axis.pcolormesh(
+        np.arange(table.shape[1] + 1) - 0.5,
+        np.arange(len(roles) + 1) - 0.5,
+        table * 100,
+        cmap=SHADES,
+        edgecolors="white",
+        linewidth=1.2,
+    )
+    axis.set_facecolor("#F4F5F7")
+    axis.set_yticks(range(len(roles)), roles)
+    axis.invert_yaxis()
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    axis.set_title("Weights: relative round-trip error, rms (%); blank: not quantized")
+    figure.colorbar(image, ax=axis, pad=0.015, fraction=0.04, aspect=12).outline.set_visible(False)
+
+
+def _hidden_line(axis: Any, errors: list[float]) -> None:
+    axis.plot(range(len(errors)), [100 * e for e in errors], color=ORANGE, marker="o", markersize=3.5, linewidth=1.6)
+    axis.set_title("Hidden states: difference from the source after each layer (%)")
+    axis.set_ylim(0, max(*errors, 1e-9) * 115 if len(errors) > 1 else None)
+    axis.grid(axis="y")
+
+
+def _mark(axis: Any, value: float, label: str, right: bool = False) -> None:
+    """A thin vertical line with its name and value at the top."""
+    if value <= 0:
+        return
+    axis.axvline(value, color=ORANGE, linewidth=1, linestyle=(0, (4, 3)))
+    axis.annotate(
+        f"{label} {value:.2g}", (value, 0.99), (4 if right else -3, 0), xycoords=axis.get_xaxis_transform(), textcoords="offset points", rotation=90,
+        va="top", ha="left" if right else "right", fontsize=8, color=ORANGE, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85},
+    )  # fmt: skip
+
+
+def _save(figure: Figure, path: Path) -> None:
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=160, metadata={"Software": None})
