@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 Part = tuple[int | slice, ...]
@@ -19,6 +20,16 @@ BYTES_OF: dict[str, int] = {
     "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
 }  # fmt: skip
 """Bytes per element by safetensors dtype code."""
+
+TORCH_DTYPE: dict[str, torch.dtype] = {
+    "F64": torch.float64, "I64": torch.int64, "U64": torch.uint64, "F32": torch.float32, "I32": torch.int32, "U32": torch.uint32,
+    "BF16": torch.bfloat16, "F16": torch.float16, "I16": torch.int16, "U16": torch.uint16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
+"""What torch calls each safetensors dtype code."""
+
+DTYPE_CODE: dict[torch.dtype, str] = {dtype: code for code, dtype in TORCH_DTYPE.items()}
+"""The safetensors dtype code of each torch dtype that can be stored."""
 
 
 @dataclass(frozen=True)
