@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from qwench.evaluation import divergence
-from qwench.evaluation.speculation import acceptance, accepted, greedy_tokens
+from qwench.evaluation.speculation import acceptance, accepted, draft_tokens
 
 
 def test_acceptance_of_hand_made_drafts():
@@ -32,7 +31,32 @@ def test_shares_are_over_all_drafts_and_fall_with_position():
     assert shares[0].standard_error == pytest.approx(abs(first[0] - first[1]) / 2)  # of two means: half their distance
 
 
-def test_greedy_tokens_by_chunks(monkeypatch):
-    hidden, head = torch.randn(13, 5, generator=torch.Generator().manual_seed(1)), torch.eye(5)
-    monkeypatch.setattr(divergence, "CHUNK_BYTES", 4 * 4 * 5)
-    assert torch.equal(greedy_tokens(hidden, lambda h: h @ head, 5), hidden.argmax(-1))
+class Successor:
+    """A trunk over the integers: embedding and head are the identity on one-hot vectors."""
+
+    def __init__(self, vocabulary: int) -> None:
+        self.vocabulary = vocabulary
+
+    def embed(self, ids):
+        return torch.nn.functional.one_hot(ids, self.vocabulary).float()
+
+    def greedy(self, hidden):
+        return hidden.argmax(-1)
+
+
+class CountingOn:
+    """A head that drafts the successor of the token it read, and is wrong by one in its third step."""
+
+    def drafts(self, hidden, embedded, steps):
+        assert len(hidden) == len(embedded) == 1
+        return [embedded[:, k:].roll(2 if k == 3 else 1, dims=-1) for k in range(1, steps + 1)]
+
+
+def test_drafts_of_a_head_meet_the_trunks_choice_of_the_same_place():
+    vocabulary = 17
+    ids = torch.stack([(start + torch.arange(9)) % vocabulary for start in (0, 5, 11)])
+    trunk_choice = (ids + 1) % vocabulary
+    drafts = draft_tokens(Successor(vocabulary), CountingOn(), torch.zeros(3, 9, vocabulary), ids)
+    assert [d.shape for d in drafts] == [(3, 8), (3, 7), (3, 6)]
+    shares = acceptance(accepted(trunk_choice, drafts))
+    assert [(s.mean, s.standard_error) for s in shares] == [(1.0, 0.0), (1.0, 0.0), (0.0, 0.0)]

@@ -11,7 +11,7 @@ The histogram's edges are the same for every release, four to a factor of ten, s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -86,8 +86,8 @@ def compare_logits(source_PV: Tensor, release_PV: Tensor, next_P: Tensor) -> Chu
 
 @torch.no_grad()
 def measure_tokens(
-    source_NTD: Sequence[Tensor],
-    release_NTD: Sequence[Tensor],
+    source_NTD: Tensor,
+    release_NTD: Tensor,
     source_logits: Logits,
     release_logits: Logits,
     ids_NT: Tensor,
@@ -96,7 +96,7 @@ def measure_tokens(
     """Every position of every row, from the normed hidden states of both models.
 
     Args:
-        source_NTD, release_NTD: for each row, hidden states after the final norm [length, hidden].
+        source_NTD, release_NTD: hidden states after the final norm [rows, length, hidden].
         source_logits, release_logits: each model's head.
         ids_NT: int64 [rows, length].
         vocabulary: rows of the heads; sets how many positions are looked at together.

@@ -18,25 +18,37 @@ Nothing here runs a trunk: its hidden states are those of the pass that measured
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from qwench.evaluation.divergence import Logits, positions_per_chunk
 from qwench.evaluation.statistics import Mean, clustered_mean
+from qwench.models.mtp import MtpHead
+from qwench.models.run import Trunk
 
 DRAFTS = 3
-
-DraftHidden = Callable[[Tensor, Tensor], Sequence[Tensor]]
-"""(trunk's normed hidden states [rows, length, hidden], ids [rows, length]) to, for each step k = 1 .. K, hidden states [rows, length - k, hidden] after the
-head's own norm: entry t of step k has read x_{t+k} and drafts the token at t + k + 1."""
+"""Draft positions that are measured."""
 
 
 @torch.no_grad()
-def greedy_tokens(hidden: Tensor, logits: Logits, vocabulary: int) -> Tensor:
-    """The most likely token of each hidden state [positions, hidden], int64 [positions]; a few positions at a time."""
-    return torch.cat([logits(chunk).argmax(dim=-1) for chunk in torch.split(hidden, positions_per_chunk(vocabulary))])
+def draft_tokens(trunk: Trunk, head: MtpHead, normed_NTD: Tensor, ids_NT: Tensor, steps: int = DRAFTS) -> list[Tensor]:
+    """What the head drafts at every position of every row, one row at a time.
+
+    Args:
+        trunk: the trunk that the head belongs to: its embedding and its lm_head are the head's as well.
+        head: the MTP head.
+        normed_NTD: the trunk's hidden states after its final norm [rows, length, hidden].
+        ids_NT: int64 [rows, length].
+        steps: how far to draft.
+
+    Returns:
+        For each step k = 1 .. `steps`, int64 [rows, length - k]: entry t is the draft for the place after position t + k.
+    """
+    rows = []
+    for normed, ids in zip(normed_NTD[:, None], ids_NT[:, None], strict=True):
+        rows.append([trunk.greedy(hidden) for hidden in head.drafts(normed, trunk.embed(ids), steps)])
+    return [torch.cat(step) for step in zip(*rows, strict=True)]
 
 
 def accepted(trunk_NT: Tensor, drafts: Sequence[Tensor]) -> Tensor:
