@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qwench.numerics.chunks import ErrorSums, Tile, Workspace, error_sums, largest_magnitude, work_through
+from qwench.numerics.chunks import INT_OF, ErrorSums, Tile, Workspace, error_sums, largest_magnitude, round_trip, work_through
 from qwench.numerics.quantized import Quantized
 from qwench.numerics.scheme import Scheme
 
@@ -42,10 +42,12 @@ FOUR_OVER_SIX = (1.0, 1.5)
 MX_SHIFTS = (0, -1, 1)
 """Steps on the exponent that the `mse` search tries for MXFP4."""
 
-EXPONENT = 0x7F800000
+EXPONENT = torch.tensor(0x7F800000, dtype=torch.int32)
 ONE = 0x3F800000
-STEPS = (22 << 23) + 214
-"""Added to the bits of 2^e: multiplies by 2^22, and adds 214 steps so that the low byte of the result, 214 + steps + 2 * (e + 149), is the
+TOP_BITS = torch.tensor(22, dtype=torch.int32)
+SIGN_SHIFT = {size: torch.tensor(8 * size - 1, dtype=dtype) for size, dtype in INT_OF.items()}
+STEPS = torch.tensor((22 << 23) + 214, dtype=torch.int32)
+"""Constants of the inner passes are tensors of the right dtype: a Python number would be converted anew on every call. `STEPS` is added to the bits of 2^e: multiplies by 2^22, and adds 214 steps so that the low byte of the result, 214 + steps + 2 * (e + 149), is the
 code itself modulo 256 (214 is even: ties still go to the even code)."""
 
 
@@ -84,7 +86,7 @@ def encode_nvfp4(weight: Tensor, scheme: Scheme, outer: Tensor | None = None) ->
         scales[tile.rows].view(-1).copy_(scale)
         return _finish(tile, weight, blocks, scale / divisor, codes, space)
 
-    return Quantized(scheme, codes, scales, outer=outer, error=work_through(weight, work))
+    return Quantized(scheme, codes, scales, outer=outer, error=round_trip(work_through(weight, work), weight.numel()))
 
 
 def encode_mxfp4(weight: Tensor, scheme: Scheme) -> Quantized:
@@ -107,7 +109,7 @@ def encode_mxfp4(weight: Tensor, scheme: Scheme) -> Quantized:
         exponents[tile.rows].view(-1).copy_(exponent)
         return _finish(tile, weight, blocks, power_of_two(exponent), codes, space)
 
-    return Quantized(scheme, codes, exponents, error=work_through(weight, work))
+    return Quantized(scheme, codes, exponents, error=round_trip(work_through(weight, work), weight.numel()))
 
 
 def decode_float4(quantized: Quantized) -> Tensor:
@@ -120,12 +122,11 @@ def decode_float4(quantized: Quantized) -> Tensor:
     else:
         scale = power_of_two(quantized.scales)
 
-    def work(tile: Tile, space: Workspace) -> ErrorSums:
+    def work(tile: Tile, space: Workspace) -> None:
         signed = tile.of(values)
         _values(tile.of(codes), signed, space)
         blocks = signed.view(-1, group)
         torch.mul(blocks, scale[tile.rows].view(-1, 1), out=blocks)
-        return ErrorSums(0.0, 0.0, 0.0, 0.0)
 
     work_through(codes, work)
     return values
@@ -194,14 +195,14 @@ def _finish(tile: Tile, weight: Tensor, blocks: Tensor, scale: Tensor, codes: Te
     total, rounded = _round(blocks, scale, space)
     error = rounded.mul_(scale.view(-1, 1)).sub_(blocks)
     bits = total.view(torch.int32)
-    bits.add_(torch.bitwise_right_shift(bits, 22, out=space.take("exponent", tuple(bits.shape), torch.int32)))
-    index = space.take("index", tuple(bits.shape), torch.int8).copy_(bits)
-    part = tile.of(weight)
-    raw = part.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[part.element_size()])
+    bits.add_(torch.bitwise_right_shift(bits, TOP_BITS, out=space.take("exponent", tuple(bits.shape), torch.int32)))
+    index = space.take("index", tuple(bits.shape), torch.uint8).copy_(bits)
+    raw = tile.of(weight).view(INT_OF[weight.element_size()])
     shape = tuple(raw.shape)
-    negative = torch.bitwise_right_shift(raw, 8 * part.element_size() - 1, out=space.take("sign", shape, raw.dtype))
-    negative8 = space.take("negative", shape, torch.int8).copy_(negative)
-    torch.sub(index.view(shape), negative8, alpha=8, out=tile.of(codes).view(torch.int8))
+    negative = torch.bitwise_right_shift(raw, SIGN_SHIFT[raw.element_size()], out=space.take("sign", shape, raw.dtype))
+    all_ones = space.take("all_ones", shape, torch.uint8).copy_(negative)
+    # 255 where negative, else 0; 255 * 248 is 8 modulo 256.
+    torch.add(index.view(shape), all_ones, alpha=248, out=tile.of(codes))
     return error_sums(error, blocks)
 
 

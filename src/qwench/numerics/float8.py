@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from qwench.numerics.chunks import ErrorSums, Tile, Workspace, error_sums, work_through
+from qwench.numerics.chunks import ErrorSums, Tile, Workspace, error_sums, round_trip, work_through
 from qwench.numerics.quantized import Quantized
 from qwench.numerics.scheme import Scheme
 
@@ -39,7 +39,12 @@ def encode_fp8(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype = torch.
         tile.of(codes).copy_(short)
         return error_sums(quotient.copy_(short).mul_(spread).sub_(values), values)
 
-    return Quantized(scheme, codes, scales, error=work_through(weight, work, height, width if scheme.block else None))
+    return Quantized(
+        scheme,
+        codes,
+        scales,
+        error=round_trip(work_through(weight, work, height, width if scheme.block else None), weight.numel()),
+    )
 
 
 def decode_fp8(quantized: Quantized) -> Tensor:
@@ -49,11 +54,10 @@ def decode_fp8(quantized: Quantized) -> Tensor:
     scale = quantized.scales.to(torch.float32)
     height, width = quantized.scheme.block or (1, codes.shape[1])
 
-    def work(tile: Tile, space: Workspace) -> ErrorSums:
+    def work(tile: Tile, space: Workspace) -> None:
         part = tile.of(values).copy_(tile.of(codes))
         here = scale[tile.rows.start // height :, tile.columns.start // width :]
         part.mul_(_spread(here, (part.shape[0], part.shape[1]), height, width))
-        return ErrorSums(0.0, 0.0, 0.0, 0.0)
 
     work_through(values, work, height, width if quantized.scheme.block else None)
     return values

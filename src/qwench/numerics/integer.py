@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qwench.numerics.chunks import ErrorSums, Tile, Workspace, error_sums, work_through
+from qwench.numerics.chunks import ErrorSums, Tile, Workspace, error_sums, round_trip, work_through
 from qwench.numerics.quantized import Quantized
 from qwench.numerics.scheme import Scheme
 
@@ -56,7 +56,7 @@ def encode_integer(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype = to
         tile.of(codes).copy_(rounded.view(part.shape))
         return error_sums(_decode(rounded, scale, zero).sub_(values), values)
 
-    return Quantized(scheme, codes, scales, zeros, error=work_through(weight, work))
+    return Quantized(scheme, codes, scales, zeros, error=round_trip(work_through(weight, work), weight.numel()))
 
 
 def decode_integer(quantized: Quantized) -> Tensor:
@@ -70,10 +70,9 @@ def decode_integer(quantized: Quantized) -> Tensor:
             values.sub_(zero[:, column])
         return values.mul_(scale[:, column])
 
-    def work(tile: Tile, space: Workspace) -> ErrorSums:
+    def work(tile: Tile, space: Workspace) -> None:
         part = tile.of(values).copy_(tile.of(quantized.codes)).view(-1, values.shape[1] // scale.shape[1])
         _decode(part, scale[tile.rows].view(-1), None if zero is None else zero[tile.rows].view(-1).to(torch.float32))
-        return ErrorSums(0.0, 0.0, 0.0, 0.0)
 
     work_through(values, work)
     return values
