@@ -16,7 +16,7 @@ from qwench.checkpoint.source import TensorEntry, TensorSource
 from qwench.models.geometry import Complaint
 from qwench.models.map import Slot
 
-NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 """The number of a layer or an expert in a tensor's name."""
 HOLE = "\0"
 

@@ -52,7 +52,7 @@ class Slot:
     module: str
     shape: tuple[int, ...]
     tensor: str
-    part: Part = ()
+    part: Part = field(default=(), hash=False)  # slices have no hash in Python 3.11
     layer: int | None = None
     expert: int | None = None
     linear: bool = False

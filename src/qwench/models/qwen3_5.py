@@ -23,8 +23,8 @@ from qwench.models.map import ModelMap, Slot
 from qwench.models.sets import block_of
 from qwench.models.vision import PREFIX as VISION
 
-HeadState = Literal["present", "missing", "incomplete", "none"]
-"""`missing`: the config announces an MTP head that is not stored. `none`: neither announced nor stored."""
+State = Literal["present", "missing", "incomplete", "none"]
+"""Of the MTP head and of the tower. `missing`: the config announces it and nothing of it is stored. `none`: neither announced nor stored."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,13 @@ class Survey:
     Attributes:
         map: everything that is stored as expected.
         complaints: what is not.
-        mtp: the state of the MTP head.
+        mtp, vision: whether the MTP head and the tower are there.
     """
 
     map: ModelMap
     complaints: tuple[Complaint, ...]
-    mtp: HeadState
+    mtp: State
+    vision: State
 
 
 @dataclass(frozen=True)
@@ -81,21 +82,25 @@ def survey(source: TensorSource) -> Survey:
     g, names = read_geometry(source.config), source.tensors.keys()
     stored_mtp = any(n.startswith(tables.MTP) for n in names)
     network = _network(g, source.config, names, mtp=stored_mtp)
-    odd = {layer: counts for layer in network.layers if g.moe and (counts := _disagreement(g, layer, source))}
+    odd = [(layer, counts) for layer in network.layers if g.moe and (counts := _disagreement(g, layer, source))]
 
     def counted(name: str) -> bool:
-        return any(layer.about_experts(name) for layer in odd)
+        return any(layer.about_experts(name) for layer, _ in odd)
 
     complaints = list(_expert_complaints(odd))
     for component in network.outside:
         complaints += misfits((c for c in network.of(component) if not counted(c.tensor)), source, component)
     complaints += unclaimed([c.tensor for c in network.claims()] + [n for n in names if counted(n)], source)
-    complete = all(fits(c, source) for c in network.of("mtp"))
-    if stored_mtp:
-        state: HeadState = "present" if complete else "incomplete"
-    else:
-        state = "missing" if g.mtp_layers else "none"
-    return Survey(_map(g, network, source), tuple(complaints), state)
+    mtp = _state(network.of("mtp"), source, announced=g.mtp_layers > 0)
+    vision = _state(network.of("vision"), source, announced="vision_config" in source.config)
+    return Survey(_map(g, network, source), tuple(complaints), mtp, vision)
+
+
+def _state(claims: Iterable[Claim], source: TensorSource, *, announced: bool) -> State:
+    expected = list(claims)
+    if not expected:
+        return "missing" if announced else "none"
+    return "present" if all(fits(c, source) for c in expected) else "incomplete"
 
 
 def _network(g: Geometry, config: Mapping[str, Any], names: Collection[str], *, mtp: bool) -> Network:
@@ -148,15 +153,15 @@ def _disagreement(g: Geometry, layer: Layer, source: TensorSource) -> str:
     return ", ".join(f"{where} {count}" for where, count in counts.items()) if len(set(counts.values())) > 1 else ""
 
 
-def _expert_complaints(odd: Mapping[Layer, str]) -> Iterator[Complaint]:
+def _expert_complaints(odd: Iterable[tuple[Layer, str]]) -> Iterator[Complaint]:
     alike: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
-    for layer, counts in odd.items():
-        alike[layer.component, counts].append(layer.stem)
+    for layer, counts in odd:
+        alike[layer.component, counts].append(layer.stem.removesuffix("."))
     for (component, counts), stems in alike.items():
         mend = "use the config.json that belongs to these weights"
         if component == "mtp":
             mend += "; an MTP layer has as many experts as the trunk, engines load no other"
-        yield f"{summary(stems).replace('., ', ', ').rstrip('.')}: the numbers of experts disagree: {counts}", mend
+        yield f"{summary(stems)}: the numbers of experts disagree: {counts}", mend
 
 
 class Sketch:
