@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from qwench.steps.card_plots import byte_rows, bytes_figure, divergence_figure, layer_figure, layer_table, size_text
+from qwench.steps.card_plots import byte_rows, bytes_figure, divergence_figure, draw_plots, layer_figure, layer_table, size_text
 from tests.steps.releases import evaluation, release, row, weight
 
 
@@ -31,6 +31,17 @@ def test_divergence_figure_tail_is_the_share_beyond():
     shares = dict(zip(line.get_xdata(), line.get_ydata(), strict=True))
     assert shares[1e-3] == pytest.approx(100 * 660 / 672) and shares[0.1] == pytest.approx(100 * 30 / 672)
     assert shares[3.917] == pytest.approx(100 / 672)
+
+
+def test_quantiles_that_coincide_are_marked_once():
+    divergence = evaluation().divergence.model_copy(update={"p999": 3.917})
+    labels = [text.get_text() for text in divergence_figure(divergence).axes[1].texts]
+    assert labels == ["p99 0.23", "max 3.9"]
+
+
+def test_nothing_is_drawn_of_a_release_that_equals_its_source(tmp_path):
+    zero = evaluation().divergence.model_copy(update={"p99": 0.0, "p999": 0.0, "max": 0.0})
+    assert "divergence.png" not in draw_plots(release(evaluation=evaluation(divergence=zero)), tmp_path)
 
 
 def test_bytes_by_component_before_and_after():

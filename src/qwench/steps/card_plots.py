@@ -42,7 +42,7 @@ def draw_plots(result: Result, folder: Path) -> dict[str, str]:
         "divergence.png": (
             "Divergence from the source, token by token",
             (lambda: divergence_figure(evaluation.divergence))
-            if evaluation and any(evaluation.divergence.histogram_counts)
+            if evaluation and evaluation.divergence.max > 0 and any(evaluation.divergence.histogram_counts)
             else None,
         ),
         "error_by_layer.png": (
@@ -107,21 +107,15 @@ def divergence_figure(divergence: Divergence) -> Figure:
     left, right = figure.subplots(1, 2, sharex=True)
     left.stairs(shares[low:high] * 100, edges[low : high + 1], fill=True, color=BLUE, alpha=0.85)
     left.set(title="Tokens by divergence", ylabel="share of tokens (%)", xscale="log", ylim=(0, shares.max() * 118))
-    beyond = shares[::-1].cumsum()[::-1] * 100  # at the lower edge of each bin
-    inside = edges[low:high] < divergence.max
-    right.plot(
-        [*edges[low:high][inside], divergence.max], [*beyond[low:high][inside], 100 / counts.sum()], color=BLUE, linewidth=1.8
-    )
-    right.set(title="The tail", ylabel="share of tokens at or beyond (%)", yscale="log", ylim=(50 / counts.sum(), 160))
-    right.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    right.minorticks_off()
+    _mean_line(left, divergence.mean.mean)
+    beyond = dict(
+        zip(edges[low:high], shares[::-1].cumsum()[::-1][low:high] * 100, strict=True)
+    )  # at the lower edge of each bin
+    _tail(right, {x: share for x, share in beyond.items() if x < divergence.max}, divergence, 100 / counts.sum())
     for axis in (left, right):
         axis.set_xlabel("KL(source || release) per token (nats)")
+        axis.minorticks_off()
         axis.grid(axis="y")
-    _mark(left, divergence.mean.mean, "mean", right=True)
-    left.minorticks_off()
-    for value, label in ((divergence.p99, "p99"), (divergence.p999, "p99.9"), (divergence.max, "max")):
-        _mark(right, value, label)
     return figure
 
 
@@ -199,15 +193,41 @@ def _hidden_line(axis: Any, errors: list[float]) -> None:
     axis.grid(axis="y")
 
 
-def _mark(axis: Any, value: float, label: str, right: bool = False) -> None:
-    """A thin vertical line with its name and value at the top."""
-    if value <= 0:
-        return
-    axis.axvline(value, color=ORANGE, linewidth=1, linestyle=(0, (4, 3)))
+def _mean_line(axis: Any, mean: float) -> None:
+    axis.axvline(mean, color=ORANGE, linewidth=1, linestyle=(0, (4, 3)))
     axis.annotate(
-        f"{label} {value:.2g}", (value, 0.99), (4 if right else -3, 0), xycoords=axis.get_xaxis_transform(), textcoords="offset points", rotation=90,
-        va="top", ha="left" if right else "right", fontsize=8, color=ORANGE, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85},
+        f"mean {_two_digits(mean)}", (mean, 0.99), (4, 0), xycoords=axis.get_xaxis_transform(), textcoords="offset points", rotation=90,
+        va="top", ha="left", fontsize=8.5, color=ORANGE, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85},
     )  # fmt: skip
+
+
+def _tail(axis: Any, beyond: dict[float, float], divergence: Divergence, smallest: float) -> None:
+    """The share of tokens at or beyond each divergence, in %, with the quantiles on it; `smallest` is the share of one token."""
+    marks = {
+        divergence.p99: ("p99", 1.0),
+        divergence.p999: ("p99.9", 0.1),
+        divergence.max: ("max", smallest),
+    }  # equal values: the last one stays
+    line = sorted((beyond | {x: share for x, (_, share) in marks.items()}).items())
+    axis.plot([x for x, _ in line], [share for _, share in line], color=BLUE, linewidth=1.8)
+    for x, (label, share) in marks.items():
+        axis.plot([x], [share], marker="o", markersize=4.5, color=ORANGE)
+        axis.annotate(
+            f"{label} {_two_digits(x)}",
+            (x, share),
+            (-7, -1),
+            textcoords="offset points",
+            va="center",
+            ha="right",
+            fontsize=8.5,
+            color=ORANGE,
+        )
+    axis.set(title="The tail", ylabel="share of tokens at or beyond (%)", yscale="log", ylim=(smallest / 2.5, 160))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _two_digits(value: float) -> str:
+    return f"{value:#.2g}".rstrip(".")
 
 
 def _save(figure: Figure, path: Path) -> None:
