@@ -1,6 +1,7 @@
 """Which tensors of an unfinished release are written: one line of JSON each, appended as they finish.
 
     {"fingerprint": "9f2c..."}
+    {"remark": "model.layers.0.mlp.gate_proj", "data": {"mean_abs": 0.0008}}
     {"tensor": "model.layers.0.mlp.gate_proj.weight_packed", "crc32": 3405691582}
 
 A line is a claim and the check sum is its proof: whoever resumes reads the tensor's bytes back and compares. So nothing depends on the order in which
@@ -15,7 +16,9 @@ import json
 import os
 import threading
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 
 class Journal:
@@ -25,10 +28,12 @@ class Journal:
         path: the file.
     """
 
-    def __init__(self, path: Path, fingerprint: str, kept: Mapping[str, int]) -> None:
-        """Begin a journal, replacing whatever is at `path` in one move; `kept`: check sums of what is already written."""
+    def __init__(self, path: Path, fingerprint: str, kept: Mapping[str, int], remarks: Mapping[str, Mapping[str, Any]]) -> None:
+        """Begin a journal, replacing whatever is at `path` in one move; `kept`: check sums of what is already written; `remarks`: as `remark` takes them."""
         self.path, self._lock = path, threading.Lock()
-        lines = [{"fingerprint": fingerprint}, *({"tensor": name, "crc32": crc} for name, crc in kept.items())]
+        lines: list[dict[str, Any]] = [{"fingerprint": fingerprint}]
+        lines += [{"remark": key, "data": data} for key, data in remarks.items()]
+        lines += [{"tensor": name, "crc32": crc} for name, crc in kept.items()]
         beside = path.with_name(path.name + ".new")
         beside.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         beside.replace(path)
@@ -39,20 +44,42 @@ class Journal:
         with self._lock:
             os.write(self._descriptor, (json.dumps({"tensor": tensor, "crc32": crc}) + "\n").encode())
 
+    def remark(self, key: str, data: Mapping[str, Any]) -> None:
+        """Put down what was learnt on the way, which a later run could not learn again without the work."""
+        with self._lock:
+            os.write(self._descriptor, (json.dumps({"remark": key, "data": data}) + "\n").encode())
+
     def close(self) -> None:
         os.close(self._descriptor)
 
 
-def read_journal(path: Path) -> tuple[str | None, dict[str, int]]:
-    """(fingerprint, check sums by tensor) of a journal; (None, {}) where there is none. A torn line ends it: the run was killed there."""
+@dataclass
+class Claims:
+    """What a journal says.
+
+    Attributes:
+        fingerprint: of the run that wrote it; None where there is no journal.
+        tensors: check sums by tensor.
+        remarks: data by key; the last of equal keys.
+    """
+
     fingerprint: str | None = None
-    kept: dict[str, int] = {}
+    tensors: dict[str, int] = field(default_factory=dict)
+    remarks: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def read_journal(path: Path) -> Claims:
+    """The claims of a journal. A torn line ends it: the run was killed there."""
+    claims = Claims()
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        fingerprint = str(json.loads(lines[0])["fingerprint"])
+        claims.fingerprint = str(json.loads(lines[0])["fingerprint"])
         for line in lines[1:]:
             record = json.loads(line)
-            kept[str(record["tensor"])] = int(record["crc32"])
+            if "remark" in record:
+                claims.remarks[str(record["remark"])] = dict(record["data"])
+            else:
+                claims.tensors[str(record["tensor"])] = int(record["crc32"])
     except (FileNotFoundError, ValueError, KeyError, IndexError, TypeError):
         pass
-    return fingerprint, kept
+    return claims

@@ -24,6 +24,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,6 +56,7 @@ class CheckpointWriter:
     Attributes:
         done: tensors that are written; after entering, those that an earlier run wrote.
         notes: what became of an earlier run; one sentence each.
+        remarks: what was put down with `remark`, by an earlier run too.
 
     Raises:
         OutputError: on entering, where nothing can be written (see `staging.check_output`); later where the disk is full or fails.
@@ -64,6 +66,7 @@ class CheckpointWriter:
         self.out, self.files, self.others = out, tuple(files), others
         self.done: set[str] = set()
         self.notes: list[str] = []
+        self.remarks: dict[str, dict[str, Any]] = {}
         self._entries = {entry.name: entry for layout in self.files for entry in layout.entries}
         assert len(self._entries) == sum(len(layout.tensors) for layout in self.files), "a tensor is planned twice"
         assert len({layout.name for layout in self.files}) == len(self.files), "a file is planned twice"
@@ -88,7 +91,7 @@ class CheckpointWriter:
             with output_errors(self._staging.files, self._missing):
                 self._lay_out(stack)
                 kept = self._proved(kept)
-                self._journal = Journal(self._staging.journal, self._fingerprint, kept)
+                self._journal = Journal(self._staging.journal, self._fingerprint, kept, self.remarks)
             stack.callback(self._journal.close)
             self._open = stack.pop_all()
         return self
@@ -101,7 +104,7 @@ class CheckpointWriter:
         entry = self._entries[name]
         assert DTYPE_CODE[tensor.dtype] == entry.dtype, f"{name} is planned as {entry.dtype}, not {tensor.dtype}"
         assert tuple(tensor.shape) == entry.shape, f"{name} is planned as {list(entry.shape)}, not {list(tensor.shape)}"
-        data = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        data = _bytes_of(tensor)
         self._put(entry, (data[i : i + CHUNK] for i in range(0, len(data), CHUNK)))
 
     def copy(self, name: str, source: Checkpoint, tensor: str, part: Part = ()) -> None:
@@ -112,6 +115,17 @@ class CheckpointWriter:
             f"{name} is planned as {list(entry.shape)}, not as {tensor} at {part}"
         )
         self._put(entry, source.chunks(tensor, part))
+
+    def put(self, name: str, chunks: Iterable[memoryview]) -> None:
+        """Put the bytes of a tensor in their place as they come, whatever they mean."""
+        self._put(self._entries[name], chunks)
+
+    def remark(self, key: str, data: dict[str, Any]) -> None:
+        """Keep something that belongs to the tensors of `key` (plain data) for the record, across runs; put it down before the tensors."""
+        with output_errors(self._staging.journal, self._missing):
+            self._journal.remark(key, data)
+        with self._lock:
+            self.remarks[key] = data
 
     def commit(self, sidecars: Mapping[str, bytes | Path] | None = None) -> None:
         """Add the other files and the index, bring everything to the disk, and let the folder appear.
@@ -135,9 +149,10 @@ class CheckpointWriter:
 
     def _claims(self) -> dict[str, int]:
         """What an earlier run of this very release says it wrote; any other run is cleared away."""
-        found, claims = read_journal(self._staging.journal)
-        if found == self._fingerprint and self._staging.files.is_dir():
-            return {name: crc for name, crc in claims.items() if name in self._entries}
+        claims = read_journal(self._staging.journal)
+        if claims.fingerprint == self._fingerprint and self._staging.files.is_dir():
+            self.remarks = claims.remarks
+            return {name: crc for name, crc in claims.tensors.items() if name in self._entries}
         if self._staging.files.is_dir():
             self.notes.append(
                 f"{self._staging.folder.name} is of an unfinished run with another source or recipe: deleted, starting clean"
@@ -219,6 +234,15 @@ def _whole_fingerprint(fingerprint: str, files: Sequence[FileLayout]) -> str:
     for layout in files:
         digest.update(b"\0" + layout.name.encode() + b"\0" + layout.header)
     return digest.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor in row order; they are copied only where it is not contiguous or not in this memory."""
+    rows = tensor.detach().cpu().contiguous()
+    flat = rows.as_strided(
+        (rows.numel(),), (1,)
+    )  # not reshape: torch keeps the strides of empty and one-element tensors, and then refuses the view
+    return memoryview(flat.view(torch.uint8).numpy().data)
 
 
 def _pwrite(descriptor: int, data: memoryview, at: int) -> None:
