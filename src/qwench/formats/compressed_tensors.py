@@ -1,0 +1,135 @@
+"""The compressed-tensors container: which tensors stand for one quantized weight, byte by byte. See docs/formats.md.
+
+| scheme | format                 | tensors of one module (out, in)                                                                |
+|--------|------------------------|------------------------------------------------------------------------------------------------|
+| int    | `pack-quantized`       | weight_packed I32 [out, ceil(in*bits/32)], weight_scale [out, groups], weight_shape I64 [2];   |
+|        |                        | asymmetric: weight_zero_point I32 [ceil(out*bits/32), groups]                                  |
+| nvfp4  | `nvfp4-pack-quantized` | weight_packed U8 [out, in/2], weight_scale F8_E4M3 [out, in/16], weight_global_scale F32 [1]   |
+| mxfp4  | `mxfp4-pack-quantized` | weight_packed U8 [out, in/2], weight_scale U8 [out, in/32]                                     |
+| fp8    | `float-quantized`      | weight F8_E4M3 [out, in], weight_scale [out, 1] or [ceil(out/128), ceil(in/128)]               |
+
+`layout` knows all of it from the shape alone, so that a plan can count bytes and a writer can write headers before any number is there;
+`pack` returns exactly what `layout` promised; `unpack` is its inverse. What `config.json` says about them is in `quantization_config`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from qwench.checkpoint.source import TORCH_DTYPE, TensorSpec
+from qwench.errors import CheckpointError
+from qwench.formats.bits import pack_nibbles, pack_rows, pack_words, unpack_nibbles, unpack_rows, unpack_words
+from qwench.formats.quantization_config import FORMAT_OF, quantization_config, scheme_of
+from qwench.numerics import Quantized, Scheme
+
+__all__ = ["FORMAT_OF", "SUFFIXES", "layout", "pack", "quantization_config", "scheme_of", "unpack"]
+
+SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale")
+"""Names of tensors that only a quantized module has."""
+
+
+def layout(module: str, shape: tuple[int, ...], scheme: Scheme, dtype: str = "BF16") -> list[TensorSpec]:
+    """The tensors that stand for one quantized weight.
+
+    Args:
+        module: its module path, without `.weight`.
+        shape: (out, in).
+        scheme: a scheme that has no complaint about this shape.
+        dtype: safetensors code that `int` and `fp8` scales are stored in.
+    """
+    rows, columns = shape
+    if scheme.kind == "int":
+        groups = columns // (scheme.group or columns)
+        specs = {
+            "weight_packed": ("I32", (rows, math.ceil(columns * scheme.bits / 32))),
+            "weight_scale": (dtype, (rows, groups)),
+            "weight_shape": ("I64", (2,)),
+        }
+        if not scheme.symmetric:
+            specs["weight_zero_point"] = ("I32", (math.ceil(rows * scheme.bits / 32), groups))
+    elif scheme.kind == "fp8":
+        height, width = scheme.block or (1, columns)
+        specs = {
+            "weight": ("F8_E4M3", (rows, columns)),
+            "weight_scale": (dtype, (math.ceil(rows / height), math.ceil(columns / width))),
+        }
+    else:
+        assert scheme.group is not None
+        specs = {
+            "weight_packed": ("U8", (rows, columns // 2)),
+            "weight_scale": ("F8_E4M3" if scheme.kind == "nvfp4" else "U8", (rows, columns // scheme.group)),
+        }
+        if scheme.kind == "nvfp4":
+            specs["weight_global_scale"] = ("F32", (1,))
+    return [TensorSpec(f"{module}.{suffix}", code, dims) for suffix, (code, dims) in specs.items()]
+
+
+def pack(module: str, quantized: Quantized) -> dict[str, Tensor]:
+    """The tensors of one quantized weight by name, as `layout` lists them."""
+    scheme, codes = quantized.scheme, quantized.codes
+    assert quantized.group_of_column is None, "compressed-tensors holds no activation order"
+    tensors: dict[str, Tensor] = {}
+    if scheme.kind == "int":
+        tensors["weight_packed"] = pack_words(codes, scheme.bits)
+        tensors["weight_shape"] = torch.tensor(codes.shape, dtype=torch.int64)
+        if quantized.zeros is not None:
+            tensors["weight_zero_point"] = pack_rows(quantized.zeros, scheme.bits)
+    elif scheme.kind == "fp8":
+        tensors["weight"] = codes
+    else:
+        tensors["weight_packed"] = pack_nibbles(codes)
+        if quantized.outer is not None:
+            tensors["weight_global_scale"] = quantized.outer
+    tensors["weight_scale"] = quantized.scales
+    return {f"{module}.{suffix}": tensor for suffix, tensor in tensors.items()}
+
+
+def unpack(module: str, tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, ...]) -> Quantized:
+    """The quantized weight that these tensors stand for.
+
+    Args:
+        tensors: at least those that `layout` lists, by name; `weight_shape` may be missing.
+        shape: (out, in).
+
+    Raises:
+        CheckpointError: a tensor is missing, or has another shape or dtype than the scheme asks for.
+    """
+    found = {spec.name.removeprefix(f"{module}."): _checked(spec, tensors, scheme) for spec in layout(module, shape, scheme)}
+    scales, outer = found["weight_scale"], found.get("weight_global_scale")
+    assert scales is not None
+    if scheme.kind == "fp8":
+        return Quantized(scheme, _there(found, "weight"), scales)
+    packed = _there(found, "weight_packed")
+    if scheme.kind != "int":
+        return Quantized(scheme, unpack_nibbles(packed), scales, outer=outer)
+    zeros = None if scheme.symmetric else unpack_rows(_there(found, "weight_zero_point"), scheme.bits, shape[0])
+    return Quantized(scheme, unpack_words(packed, scheme.bits, shape[1]), scales, zeros)
+
+
+def _there(found: Mapping[str, Tensor | None], suffix: str) -> Tensor:
+    tensor = found[suffix]
+    assert tensor is not None
+    return tensor
+
+
+def _checked(spec: TensorSpec, tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor | None:
+    """The tensor of a spec. Raises CheckpointError where it is not what the scheme asks for."""
+    tensor = tensors.get(spec.name)
+    if spec.name.endswith("weight_shape"):
+        return tensor
+    mend = "the file does not hold what its config.json says: fetch it again, or ask who made it"
+    if tensor is None:
+        raise CheckpointError(f"{spec.name} is missing; {scheme.label} needs it", mend)
+    if tuple(tensor.shape) != spec.shape:
+        raise CheckpointError(f"{spec.name} has the shape {list(tensor.shape)}, {scheme.label} needs {list(spec.shape)}", mend)
+    free = spec.name.endswith("weight_scale") and scheme.kind in ("int", "fp8")
+    if (
+        not (free and tensor.dtype in (torch.bfloat16, torch.float16, torch.float32))
+        and tensor.dtype != TORCH_DTYPE[spec.dtype]
+    ):
+        raise CheckpointError(f"{spec.name} is {tensor.dtype}, {scheme.label} needs {spec.dtype}", mend)
+    return tensor

@@ -1,0 +1,204 @@
+"""The `quantization_config` of `config.json`: written for our releases, read for anybody's.
+
+One scheme: a group that targets `Linear`, and everything that is not quantized in `ignore`. Several: the scheme of the routed experts, or else
+the most frequent one, has the group that targets `Linear`; the others name their modules by pattern, which goes before the class in every
+engine. Why not patterns everywhere: the MoE loaders of SGLang look up the entry `Linear` itself, and transformers takes the experts' scheme
+from it. Why a complete `ignore`: SGLang refuses a linear layer that neither side names.
+
+The MTP head is in `ignore` as a pattern (SGLang, vLLM) and by its names (readers that compare names). Of experts only number 0 is named, the
+one that vLLM asks for; the pattern speaks for all of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from qwench.errors import CheckpointError
+from qwench.formats.matching import OTHER, exact_pattern, matches, patterns, place
+from qwench.numerics import Scheme
+
+METHOD = "compressed-tensors"
+VERSION = "0.20.0"
+"""Of the library that our bytes are checked against."""
+
+FORMAT_OF = {
+    "int": "pack-quantized",
+    "nvfp4": "nvfp4-pack-quantized",
+    "mxfp4": "mxfp4-pack-quantized",
+    "fp8": "float-quantized",
+}
+"""Container format by kind of scheme."""
+
+CLASS = "Linear"
+MTP_PATTERN = r"re:^mtp\..*"
+VISION_PATTERN = r"re:^(?:model\.)?visual\..*"
+ROUTED = re.compile(r"\.experts\.\d+\.")
+
+
+def quantization_config(assigned: Mapping[str, Scheme], kept: Collection[str]) -> dict[str, Any]:
+    """What `config.json` says about a release.
+
+    Args:
+        assigned: module path -> scheme, of every quantized weight (experts one by one).
+        kept: module paths of all other linear layers (experts one by one, the tower and the MTP head included).
+    """
+    assert assigned, "a release without quantized weights has no quantization_config"
+    by_scheme: dict[Scheme, list[str]] = {}
+    for module, scheme in assigned.items():
+        by_scheme.setdefault(_stored(scheme), []).append(module)
+    first = _of_the_class(by_scheme)
+    order = [first, *(s for s in by_scheme if s != first)]
+    groups = {f"group_{i}": _group(s, _targets(s, s == first, by_scheme, kept)) for i, s in enumerate(order)}
+    formats = {FORMAT_OF[s.kind] for s in order}
+    return {
+        "config_groups": groups,
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "global_compression_ratio": None,
+        "ignore": _ignore(assigned, kept),
+        "kv_cache_scheme": None,
+        "quant_method": METHOD,
+        "quantization_status": "compressed",
+        "version": VERSION,
+    }
+
+
+def _stored(scheme: Scheme) -> Scheme:
+    """What a reader can know of a scheme: not how its scales were chosen."""
+    return Scheme(scheme.kind, scheme.bits, scheme.group, scheme.block, scheme.symmetric)
+
+
+def _of_the_class(by_scheme: Mapping[Scheme, Sequence[str]]) -> Scheme:
+    """The scheme that targets `Linear`: of the routed experts if there are any, else the most frequent, the first of equals."""
+    routed = Counter({s: sum(1 for m in modules if ROUTED.search(m)) for s, modules in by_scheme.items()})
+    if routed.total():
+        return routed.most_common(1)[0][0]
+    return Counter({s: len(modules) for s, modules in by_scheme.items()}).most_common(1)[0][0]
+
+
+def _targets(scheme: Scheme, of_class: bool, by_scheme: Mapping[Scheme, Sequence[str]], kept: Collection[str]) -> list[str]:
+    """The class, and by name what the class does not reach (vLLM's head is no linear layer); or patterns."""
+    mine = by_scheme[scheme]
+    if of_class:
+        return [CLASS, *(exact_pattern(m) for m in mine if place(m).scope == OTHER and m.endswith("lm_head"))]
+    others = [m for s, modules in by_scheme.items() if s != scheme for m in modules]
+    return patterns(mine, [*others, *kept])
+
+
+def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
+    return {
+        "format": FORMAT_OF[scheme.kind],
+        "input_activations": None,
+        "output_activations": None,
+        "targets": targets,
+        "weights": weight_arguments(scheme),
+    }
+
+
+def weight_arguments(scheme: Scheme) -> dict[str, Any]:
+    """A scheme in the words of compressed-tensors (`QuantizationArgs`)."""
+    arguments: dict[str, Any] = {
+        "actorder": None,
+        "block_structure": list(scheme.block) if scheme.block else None,
+        "dynamic": False,
+        "group_size": scheme.group,
+        "num_bits": scheme.bits,
+        "strategy": "block" if scheme.block else "group" if scheme.group else "channel",
+        "symmetric": scheme.symmetric,
+        "type": "int" if scheme.kind == "int" else "float",
+    }
+    if scheme.kind == "nvfp4":
+        arguments |= {"strategy": "tensor_group", "scale_dtype": "torch.float8_e4m3fn", "zp_dtype": "torch.float8_e4m3fn"}
+    if scheme.kind == "mxfp4":
+        arguments |= {"scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}
+    return arguments
+
+
+def _ignore(assigned: Mapping[str, Scheme], kept: Collection[str]) -> list[str]:
+    """Every linear layer that is not quantized, in few lines: whole components by one pattern where nothing of them is quantized."""
+    mtp, vision = [m for m in kept if m.startswith("mtp.")], [m for m in kept if _in_vision(m)]
+    lines: list[str] = []
+    rest = set(kept)
+    if mtp and not any(m.startswith("mtp.") for m in assigned):
+        lines.append(MTP_PATTERN)
+        rest -= set(mtp)
+    if vision and not any(_in_vision(m) for m in assigned):
+        lines.append(VISION_PATTERN)
+        rest -= set(vision)
+    lines += patterns(sorted(rest), assigned, containers=True)
+    names = [m for m in mtp if not ROUTED.search(m) or ".experts.0." in m]
+    return lines + sorted(names) + [m for m in sorted(rest) if m == "lm_head"]
+
+
+def _in_vision(module: str) -> bool:
+    return module.startswith(("model.visual.", "visual."))
+
+
+def scheme_of(config: Mapping[str, Any], module: str) -> Scheme | None:
+    """The scheme of a linear module according to a `quantization_config`, ours or anybody's; None where it is not quantized.
+
+    By the rules of compressed-tensors: `ignore` goes first; an exact name goes before a pattern, a pattern before the class `Linear`.
+    `full_range` and `search` cannot be known and are left at their defaults; they do not change what codes mean.
+
+    Raises:
+        CheckpointError: another method than compressed-tensors, or a format that we cannot read.
+    """
+    if config.get("quant_method", METHOD) != METHOD:
+        what = f"the checkpoint is quantized with {config.get('quant_method')!r}"
+        raise CheckpointError(what, f"Qwench reads {METHOD} and unquantized checkpoints")
+    if any(matches(entry, module) for entry in config.get("ignore") or ()):
+        return None
+    ranked = [
+        (_specificity(target, module), group)
+        for group in (config.get("config_groups") or {}).values()
+        for target in group["targets"]
+    ]
+    best, group = min(ranked, key=lambda r: r[0], default=(NO_MATCH, None))
+    return _read_group(group, config, module) if group is not None and best < NO_MATCH else None
+
+
+NO_MATCH = 3
+
+
+def _specificity(target: str, module: str) -> int:
+    """0: the exact name, 1: a pattern, 2: the class, 3: no match."""
+    if matches(target, module):
+        return 1 if target.startswith("re:") else 0
+    return 2 if target == CLASS else NO_MATCH
+
+
+def _read_group(group: Mapping[str, Any], config: Mapping[str, Any], module: str) -> Scheme | None:
+    weights = group.get("weights")
+    if weights is None:
+        return None
+    stored = group.get("format") or config.get("format")
+    scheme = _read_weights(weights)
+    if scheme is None or stored != FORMAT_OF[scheme.kind]:
+        what = f"{module} is stored as {stored!r} with weights {dict(weights)}"
+        raise CheckpointError(what, f"Qwench reads {', '.join(FORMAT_OF.values())} as docs/formats.md describes them")
+    return scheme
+
+
+def _read_weights(weights: Mapping[str, Any]) -> Scheme | None:
+    """A scheme from `QuantizationArgs`, or None where we have none for it."""
+    bits, kind, symmetric = weights.get("num_bits", 8), weights.get("type", "int"), weights.get("symmetric", True)
+    group = weights.get("group_size")
+    group = group if group and group > 0 else None
+    block = weights.get("block_structure")
+    strategy = weights.get("strategy") or ("group" if group else "block" if block else "tensor")
+    if weights.get("actorder") == "group" or weights.get("dynamic"):
+        return None
+    if kind == "int" and bits in (4, 8) and strategy in ("group", "channel"):
+        return Scheme("int", bits, group, symmetric=symmetric)
+    if kind == "float" and symmetric:
+        known = {
+            (4, "tensor_group", 16): Scheme("nvfp4", 4, 16),
+            (4, "group", 32): Scheme("mxfp4", 4, 32),
+            (8, "channel", None): Scheme("fp8", 8),
+        }
+        if bits == 8 and strategy == "block" and block == [128, 128]:
+            return Scheme("fp8", 8, block=(128, 128))
+        return known.get((bits, strategy, group))
+    return None
