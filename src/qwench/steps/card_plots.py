@@ -37,32 +37,39 @@ STYLE: dict[str, Any] = {
 
 def draw_plots(result: Result, folder: Path) -> dict[str, str]:
     """Draw what was measured into `folder`; returns file name -> caption, in the order in which a reader wants them."""
-    evaluation = result.evaluation
-    drawn: dict[str, tuple[str, Callable[[], Figure] | None]] = {
-        "divergence.png": (
-            "Divergence from the source, token by token",
-            (lambda: divergence_figure(evaluation.divergence))
-            if evaluation and evaluation.divergence.max > 0 and any(evaluation.divergence.histogram_counts)
-            else None,
-        ),
-        "error_by_layer.png": (
-            "Error by layer",
-            (lambda: layer_figure(result.errors, evaluation.hidden_error_by_layer if evaluation else []))
-            if _by_layer(result)
-            else None,
-        ),
-        "bytes.png": ("Bytes by component", (lambda: bytes_figure(result.precision)) if result.precision else None),
-    }
     captions = {}
     folder.mkdir(exist_ok=True)
-    for name, (caption, figure) in drawn.items():
-        if figure is None:
-            (folder / name).unlink(missing_ok=True)
-            continue
+    for name, (caption, draw) in PLOTS.items():
         with matplotlib.rc_context(STYLE):
-            _save(figure(), folder / name)
+            figure = draw(result)
+            if figure is None:
+                (folder / name).unlink(missing_ok=True)
+                continue
+            _save(figure, folder / name)
         captions[name] = caption
     return captions
+
+
+def _divergence(result: Result) -> Figure | None:
+    measured = result.evaluation.divergence if result.evaluation else None
+    return divergence_figure(measured) if measured and measured.max > 0 and any(measured.histogram_counts) else None
+
+
+def _layers(result: Result) -> Figure | None:
+    hidden = result.evaluation.hidden_error_by_layer if result.evaluation else []
+    return layer_figure(result.errors, hidden) if hidden or layer_table(result.errors)[0] else None
+
+
+def _bytes(result: Result) -> Figure | None:
+    return bytes_figure(result.precision) if result.precision else None
+
+
+PLOTS: dict[str, tuple[str, Callable[[Result], Figure | None]]] = {
+    "divergence.png": ("Divergence from the source, token by token", _divergence),
+    "error_by_layer.png": ("Error by layer", _layers),
+    "bytes.png": ("Bytes by component", _bytes),
+}
+"""File name -> caption, and what draws it where it was measured."""
 
 
 def layer_figure(errors: Iterable[TensorError], hidden_errors: list[float]) -> Figure:
@@ -161,11 +168,6 @@ def size_text(size: float) -> str:
     unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if size >= 0.9995 * u), (1.0, "B"))
     value = size / unit
     return f"{value:.{2 if value < 9.995 and unit > 1 else 1 if value < 99.95 and unit > 1 else 0}f} {name}"
-
-
-def _by_layer(result: Result) -> bool:
-    hidden = result.evaluation.hidden_error_by_layer if result.evaluation else []
-    return bool(hidden) or bool(layer_table(result.errors)[0])
 
 
 def _error_map(figure: Figure, axis: Any, roles: list[str], table: Any) -> None:
