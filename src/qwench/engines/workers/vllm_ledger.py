@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-DEFAULTS = ("k_scale", "v_scale", "q_scale", "prob_scale")
-"""Parameters that a checkpoint may lack: vLLM keeps scales of 1 for a cache that is not quantized."""
+DEFAULTS = tuple(f"attn.{part}" for part in ("q_scale", "k_scale", "v_scale", "prob_scale", "q_zero_point", "k_zero_point", "v_zero_point"))
+"""Parameters that a checkpoint may lack: those of a quantized KV cache have values from the start."""
 
 KEPT = 1 << 16
 """Parameters of at most so many bytes get their first value back where no tensor reached them."""

@@ -16,9 +16,8 @@ import numpy as np
 import vllm_stand_ins
 from vllm_ledger import Ledger
 
-UNREAD = {
-    "input_global_scale": "allocated for NVFP4 experts, and not read where activations stay as they are",
-}
+UNREAD = "input_global_scale"
+"""Allocated for NVFP4 experts, and not read where activations stay as they are."""
 
 
 def main(folder: Path) -> None:
@@ -123,10 +122,10 @@ def _images(llm: Any, request: dict[str, Any], config: dict[str, Any]) -> dict[s
 
 
 def _account(ledger: Ledger, answer: dict[str, Any]) -> None:
+    quantizes_activations = any(name.endswith(UNREAD) for load in ledger.loads for name in load.given)
     answer["consumed"] = ledger.consumed
-    answer["uninitialized"] = [n for n in ledger.uninitialized if not n.endswith(tuple(UNREAD))]
-    notes = [f"{name}: {UNREAD[suffix]}" for name in ledger.uninitialized for suffix in UNREAD if name.endswith(suffix)][:1]
-    answer["notes"] = notes + [f"{load.model}: {len(load.given)} tensors handed over, {len(load.consumed)} taken" for load in ledger.loads]
+    answer["uninitialized"] = [n for n in ledger.uninitialized if quantizes_activations or not n.endswith(UNREAD)]
+    answer["notes"] = [f"{load.model}: {len(load.given)} tensors handed over, {len(load.consumed)} taken" for load in ledger.loads]
     answer["stand_ins"] = vllm_stand_ins.used
 
 
