@@ -199,13 +199,14 @@ class CheckpointWriter:
         return crc
 
     def _put(self, entry: TensorEntry, chunks: Iterable[memoryview]) -> None:
-        crc, at = 0, entry.start
+        crc, at, end = 0, entry.start, entry.start + entry.nbytes
         for chunk in chunks:
+            assert at + len(chunk) <= end, f"{entry.name}: more than {entry.nbytes} bytes came"
             crc = zlib.crc32(chunk, crc)
             with output_errors(self._staging.files / entry.file, self._missing):
                 _pwrite(self._descriptors[entry.file], chunk, at)
             at += len(chunk)
-        assert at == entry.start + entry.nbytes, f"{entry.name}: {at - entry.start} of {entry.nbytes} bytes came"
+        assert at == end, f"{entry.name}: {at - entry.start} of {entry.nbytes} bytes came"
         with output_errors(self._staging.journal, self._missing):
             self._journal.add(entry.name, crc)
         self._tick(entry)
@@ -239,9 +240,8 @@ def _whole_fingerprint(fingerprint: str, files: Sequence[FileLayout]) -> str:
 def _bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a tensor in row order; they are copied only where it is not contiguous or not in this memory."""
     rows = tensor.detach().cpu().contiguous()
-    flat = rows.as_strided(
-        (rows.numel(),), (1,)
-    )  # not reshape: torch keeps the strides of empty and one-element tensors, and then refuses the view
+    # not reshape: it keeps the odd strides of empty and one-element tensors, and then torch refuses the view
+    flat = rows.as_strided((rows.numel(),), (1,))
     return memoryview(flat.view(torch.uint8).numpy().data)
 
 
