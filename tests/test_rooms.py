@@ -9,7 +9,19 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "qwench"
 
-LOW = {"errors", "numerics", "checkpoint", "methods", "models", "formats", "stream", "engines", "evaluation", "recipe", "result"}
+LOW = {
+    "errors",
+    "numerics",
+    "checkpoint",
+    "methods",
+    "models",
+    "formats",
+    "stream",
+    "engines",
+    "evaluation",
+    "recipe",
+    "result",
+}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "numerics": {"errors"},
@@ -22,10 +34,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": {"errors", "checkpoint", "models", "stream"},
     "recipe": {"errors", "numerics"},
     "result": {"errors", "numerics"},
-    "steps": LOW,
-    "display": set(),
-    "run": LOW | {"steps"},
+    "steps": LOW | {"display"},
+    "display": {"result"},
+    "run": LOW | {"steps", "display"},
     "cli": LOW | {"steps", "run", "display", "demo"},
+    "__main__": {"cli"},
     "demo": {"errors"},
 }
 

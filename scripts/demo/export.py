@@ -77,7 +77,11 @@ def shards(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 
 
 def config_of(shape: dict[str, Any], tokenizer: dict[str, int]) -> dict[str, Any]:
-    text = shape["text"] | {"eos_token_id": tokenizer["<|im_end|>"], "pad_token_id": tokenizer["<|endoftext|>"], "bos_token_id": None}
+    text = shape["text"] | {
+        "eos_token_id": tokenizer["<|im_end|>"],
+        "pad_token_id": tokenizer["<|endoftext|>"],
+        "bos_token_id": None,
+    }
     return {
         "architectures": [shape["architecture"]],
         "model_type": shape["model_type"],
@@ -115,15 +119,32 @@ def export_checkpoint(which: str, work: Path) -> None:
         (folder / file).chmod(0o644)
         weight_map |= dict.fromkeys(part, file)
     size = sum(t.numel() * 2 for t in tensors.values())
-    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
+    write_json(
+        folder / "model.safetensors.index.json",
+        {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))},
+    )
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = {t: tokenizer.convert_tokens_to_ids(t) for t in tokenizer.all_special_tokens}
     write_json(folder / "config.json", config_of(shape, ids))
-    write_json(folder / "generation_config.json", {"eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]], "pad_token_id": ids["<|endoftext|>"], "do_sample": False})
-    image = PIXELS | {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen3VLProcessor", "size": {"shortest_edge": 65536, "longest_edge": 1048576}}
-    video = PIXELS | {"video_processor_type": "Qwen3VLVideoProcessor", "processor_class": "Qwen3VLProcessor", "size": {"shortest_edge": 65536, "longest_edge": 1048576}, "fps": 2, "min_frames": 4, "max_frames": 32}
+    write_json(
+        folder / "generation_config.json",
+        {"eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]], "pad_token_id": ids["<|endoftext|>"], "do_sample": False},
+    )
+    image = PIXELS | {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": "Qwen3VLProcessor",
+        "size": {"shortest_edge": 65536, "longest_edge": 1048576},
+    }
+    video = PIXELS | {
+        "video_processor_type": "Qwen3VLVideoProcessor",
+        "processor_class": "Qwen3VLProcessor",
+        "size": {"shortest_edge": 65536, "longest_edge": 1048576},
+        "fps": 2,
+        "min_frames": 4,
+        "max_frames": 32,
+    }
     write_json(folder / "preprocessor_config.json", image)
     write_json(folder / "video_preprocessor_config.json", video)
     write_json(folder / "training.json", json.loads((work / "report.json").read_text()))

@@ -49,7 +49,11 @@ class Network(nn.Module):
         self.mtp = Head(self.config, layer, norm)
         for name, p in self.named_parameters():
             if "norm" not in name and p.dim() >= 2 and "conv1d" not in name:
-                nn.init.normal_(p, std=p.shape[-1] ** -0.5 * (0.3 if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight", "down_proj")) else 1.0))
+                nn.init.normal_(
+                    p,
+                    std=p.shape[-1] ** -0.5
+                    * (0.3 if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight", "down_proj")) else 1.0),
+                )
         self.routers: list[tuple[Tensor, Tensor]] = []
         if sparse:
             for module in self.modules():

@@ -20,7 +20,9 @@ COMMON: dict[str, Any] = dict(
     mtp_use_dedicated_embeddings=False, rms_norm_eps=1e-6, tie_word_embeddings=False, use_cache=True,
     mamba_ssm_dtype="float32", linear_conv_kernel_dim=4, head_dim=64,
 )  # fmt: skip
-ROPE = dict(rope_type="default", rope_theta=10_000_000, partial_rotary_factor=0.25, mrope_section=[3, 3, 2], mrope_interleaved=True)
+ROPE = dict(
+    rope_type="default", rope_theta=10_000_000, partial_rotary_factor=0.25, mrope_section=[3, 3, 2], mrope_interleaved=True
+)
 
 DENSE_TEXT = COMMON | dict(
     model_type="qwen3_5_text", rope_parameters=ROPE, vocab_size=1536, hidden_size=256, intermediate_size=512,

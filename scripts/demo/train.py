@@ -100,7 +100,10 @@ def main() -> None:
         seconds = time.monotonic() - started
         if step % 20 == 0:
             speed = (step + 1) * batch.numel() / seconds
-            print(f"{step} {[round(c, 3) for c in cross]} {[round(a, 3) for a in agree]} {speed:.0f} tokens/s {seconds:.0f} s", flush=True)
+            print(
+                f"{step} {[round(c, 3) for c in cross]} {[round(a, 3) for a in agree]} {speed:.0f} tokens/s {seconds:.0f} s",
+                flush=True,
+            )
         if (step + 1) % 200 == 0 or step + 1 == args.steps:
             report = evaluate(network, held) | {
                 "steps": step + 1, "tokens": (step + 1) * batch.numel(), "seconds": round(seconds), "seed": shape["seed"],
@@ -109,7 +112,10 @@ def main() -> None:
             print(json.dumps(report), flush=True)
             (args.work / "report.json").write_text(json.dumps(report, indent=1) + "\n")
             beside = state_file.with_suffix(".new")
-            torch.save({"network": network.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1, "seconds": seconds}, beside)
+            torch.save(
+                {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1, "seconds": seconds},
+                beside,
+            )
             beside.replace(state_file)
 
 

@@ -7,11 +7,15 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
+
+from qwench.result import Estimate, Evaluation, Result, Verification
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -50,37 +54,111 @@ def peak_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
-class Report(Protocol):
-    """What long work calls: how much is done, of how much, and what it is at."""
+class Report:
+    """What long work calls: how much is done, of how much, and what it is at. A live bar on a terminal, a line every ten seconds elsewhere.
 
-    def __call__(self, done: int, total: int, what: str) -> None: ...
+    Args:
+        label: what the work is, for a person.
+        unit: what is counted: `bytes`, `blocks` ...
+        bar: the live bar, or None.
+    """
+
+    INTERVAL = 10.0
+
+    def __init__(self, label: str, unit: str, bar: Progress | None) -> None:
+        self.label, self.unit, self.bar = label, unit, bar
+        self.started = self.last = time.monotonic()
+        self.task = bar.add_task(label, total=None, memory="") if bar else None
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        if self.bar and self.task is not None:
+            memory = f"peak {size(peak_rss())}"
+            self.bar.update(self.task, completed=done, total=total, description=f"{self.label} {what}", memory=memory)
+            return
+        now = time.monotonic()
+        if now - self.last < self.INTERVAL:
+            return
+        self.last = now
+        left = (now - self.started) * (total - done) / max(1, done)
+        amount = f"{size(done)} of {size(total)}" if self.unit == "bytes" else f"{done} of {total} {self.unit}"
+        err.print(f"{self.label} {what}: {amount}, {left:.0f} s left, peak memory {size(peak_rss())}")
+
+    def note(self, text: str) -> None:
+        """Something that a person should know and need not act on."""
+        (self.bar.console if self.bar else err).print(f"note: {escape(text)}")
 
 
 @contextmanager
 def progress(label: str, unit: str = "bytes") -> Iterator[Report]:
-    """Progress of one long piece of work: a live bar on a terminal, a line every ten seconds elsewhere."""
-    if err.is_terminal:
-        columns: list[Any] = [TextColumn("{task.description}"), BarColumn()]
-        columns += [DownloadColumn(), TransferSpeedColumn()] if unit == "bytes" else [TextColumn("{task.completed:.0f}/{task.total:.0f} " + unit)]
-        columns += [TimeRemainingColumn(), TextColumn("{task.fields[memory]}")]
-        with Progress(*columns, console=err, transient=True) as bar:
-            task = bar.add_task(label, total=None, memory="")
-
-            def live(done: int, total: int, what: str) -> None:
-                bar.update(task, completed=done, total=total, description=f"{label} {what}", memory=f"peak {size(peak_rss())}")
-
-            yield live
+    """Progress of one long piece of work."""
+    if not err.is_terminal:
+        yield Report(label, unit, None)
         return
-    started = last = time.monotonic()
+    columns: list[Any] = [TextColumn("{task.description}"), BarColumn()]
+    columns += (
+        [DownloadColumn(), TransferSpeedColumn()]
+        if unit == "bytes"
+        else [TextColumn("{task.completed:.0f}/{task.total:.0f} " + unit)]
+    )
+    with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[memory]}"), console=err, transient=True) as bar:
+        yield Report(label, unit, bar)
 
-    def plain(done: int, total: int, what: str) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last < 10 and done < total:
-            return
-        last = now
-        left = (now - started) * (total - done) / max(1, done)
-        amount = f"{size(done)} of {size(total)}" if unit == "bytes" else f"{done}/{total} {unit}"
-        err.print(f"{label} {what}: {amount}, {left:.0f} s left, peak memory {size(peak_rss())}")
 
-    yield plain
+def show_result(result: Result, folder: Path) -> None:
+    """What a run made, as a short table."""
+    rows = [(r.component, r.stored, r.tensors, r.parameters, size(r.bytes)) for r in result.precision]
+    out.print(table("Release", ["component", "stored as", "tensors", "parameters", "size"], rows))
+    facts = [f"{folder}: {size(result.source.bytes)} became {size(result.bytes)}"]
+    facts.append(f"{result.run.seconds:.1f} s, peak memory {size(result.run.peak_rss)}")
+    if result.errors:
+        mean = sum(e.mean_abs for e in result.errors) / len(result.errors)
+        facts.append(
+            f"round-trip error over {len(result.errors)} weights: mean {mean:.2g}, largest {max(e.max_abs for e in result.errors):.2g}"
+        )
+    out.print("\n".join(facts))
+
+
+def show_verification(found: Verification) -> None:
+    """What an engine did with a release."""
+    rows: list[tuple[str, Any]] = [
+        ("outcome", found.outcome),
+        ("tensors consumed", found.consumed),
+        ("not consumed", len(found.unconsumed)),
+        ("left uninitialized", len(found.uninitialized)),
+    ]
+    if found.mean_kl is not None:
+        rows.append(("mean KL to our reading", f"{found.mean_kl:.2e} nats (tolerance {found.tolerance_kl:.0e})"))
+    if found.max_abs_logprob is not None:
+        rows.append(
+            ("largest |difference| of log-probabilities", f"{found.max_abs_logprob:.3f} over {found.positions} positions")
+        )
+    if found.generated is not None:
+        rows.append(("generated", escape(repr(found.generated[:60]))))
+    if found.image is not None:
+        rows.append(("image", found.image))
+    for name, value in (found.speculation or {}).items():
+        rows.append((f"speculation: {name}", f"{value:.3g}"))
+    out.print(table(f"{found.engine} {found.version}", ["what", "found"], rows))
+    for note in found.notes:
+        out.print(f"note: {escape(note)}")
+
+
+def show_evaluation(measured: Evaluation) -> None:
+    """A release against its source."""
+
+    def both(estimate: Estimate, digits: str = ".4f") -> str:
+        return f"{estimate.mean:{digits}} ± {estimate.standard_error:{digits}}"
+
+    d = measured.divergence
+    rows: list[tuple[str, str, str]] = [
+        ("KL(source || release), mean", "", both(d.mean, ".5f")),
+        ("KL p99 / p99.9 / max", "", f"{d.p99:.3f} / {d.p999:.3f} / {d.max:.3f}"),
+        ("perplexity", both(measured.perplexity_source, ".3f"), both(measured.perplexity_release, ".3f")),
+        ("top-1 agreement", "", both(measured.top1_agreement)),
+    ]
+    source = measured.acceptance_source.by_position if measured.acceptance_source else []
+    release = measured.acceptance_release.by_position if measured.acceptance_release else []
+    for position in range(max(len(source), len(release))):
+        cells = [both(side[position], ".3f") if position < len(side) else "-" for side in (source, release)]
+        rows.append((f"MTP acceptance at position {position + 1}", cells[0], cells[1]))
+    out.print(table(f"Measured on {measured.tokens:,} tokens of {measured.text}", ["", "source", "release"], rows))

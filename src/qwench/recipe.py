@@ -64,7 +64,9 @@ class Rule(Strict):
     @classmethod
     def _known(cls, value: str | SchemeSpec) -> str | SchemeSpec:
         if isinstance(value, str) and value != "keep" and value not in SCHEMES:
-            raise ValueError(f"unknown scheme {value!r}{suggestion(value, [*SCHEMES, 'keep'])}; known: {', '.join(SCHEMES)}, keep")
+            raise ValueError(
+                f"unknown scheme {value!r}{suggestion(value, [*SCHEMES, 'keep'])}; known: {', '.join(SCHEMES)}, keep"
+            )
         return value
 
     @field_validator("layers")
@@ -127,7 +129,9 @@ class Export(Strict):
     @classmethod
     def _dtype(cls, value: str) -> str:
         if value in {"float16", "fp16", "half"}:
-            raise ValueError("float16 is refused: Gated DeltaNet's intermediate values overflow it; leave dtype out, or say source")
+            raise ValueError(
+                "float16 is refused: Gated DeltaNet's intermediate values overflow it; leave dtype out, or say source"
+            )
         if value != "source":
             raise ValueError(f"dtype {value!r} is not known; known: source")
         return value
@@ -216,7 +220,9 @@ def load_recipe(name_or_path: str) -> Recipe:
         try:
             return parse_recipe(path.read_text(encoding="utf-8"), where=str(path))
         except FileNotFoundError:
-            raise RecipeError(f"there is no recipe file {path}", "give a path to a YAML file, or a name from `qwench recipes`") from None
+            raise RecipeError(
+                f"there is no recipe file {path}", "give a path to a YAML file, or a name from `qwench recipes`"
+            ) from None
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"{path} cannot be read: {error}", "give a readable YAML file") from None
     known = bundled()
@@ -239,7 +245,9 @@ def parse_recipe(text: str, where: str) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        raise RecipeError(f"recipe {where}:\n" + "\n".join(f"  {line}" for line in _explain(error)), "see docs/recipes.md") from None
+        raise RecipeError(
+            f"recipe {where}:\n" + "\n".join(f"  {line}" for line in _explain(error)), "see docs/recipes.md"
+        ) from None
 
 
 def _explain(error: ValidationError) -> list[str]:

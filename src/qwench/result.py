@@ -68,7 +68,7 @@ class RunFacts(Record):
     seconds: float
     peak_rss: int
     threads: int
-    resumed_files: int = 0
+    resumed_tensors: int = 0
 
 
 class Estimate(Record):

@@ -1,0 +1,5 @@
+"""`python -m qwench`."""
+
+from qwench.cli import main
+
+main()

@@ -1,0 +1,114 @@
+"""The driver: finds the models, calls the steps, keeps the record. Thin on purpose: every line of work lives in a step."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from qwench.checkpoint.folder import CONFIG_NAME, read_config
+from qwench.checkpoint.hub import Located, locate
+from qwench.checkpoint.reader import Checkpoint
+from qwench.checkpoint.sidecars import sidecars_of
+from qwench.checkpoint.source import TensorSource
+from qwench.checkpoint.staging import check_output
+from qwench.checkpoint.writer import CheckpointWriter
+from qwench.display import Report, peak_rss
+from qwench.models import map_of, sketch
+from qwench.recipe import Recipe
+from qwench.result import FILE_NAME, Evaluation, Result, RunFacts, Verification, read_result, write_result
+from qwench.steps.plan import Job, Plan, make_plan
+from qwench.steps.quantize import do_jobs
+from qwench.steps.record import first_record
+
+
+def shapes_of(model: str) -> TensorSource:
+    """What names and shapes a model has: from its headers, or where only its config is at hand, as that describes it."""
+    folder = locate(model, weights=False).path
+    weights = any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json")) or any(folder.glob("*.bin"))
+    return Checkpoint.open(folder) if weights or not (folder / CONFIG_NAME).is_file() else sketch(read_config(folder))
+
+
+def plan_for(recipe: Recipe, model: str) -> Plan:
+    """The plan of a recipe on a model, from names and shapes alone."""
+    source = shapes_of(model)
+    return make_plan(recipe, source, map_of(source))
+
+
+def run_recipe(recipe: Recipe, model: str, out: Path, threads: int, report: Report) -> Result:
+    """Make a release: plan, write, record.
+
+    Raises:
+        UserError: anything that the user can mend, before any work wherever it can be known before.
+        KeyboardInterrupt: what is finished stays for the next run.
+    """
+    started = time.monotonic()
+    if threads:
+        torch.set_num_threads(threads)
+    check_output(out, 0)
+    located = locate(model)
+    source = Checkpoint.open(located.path)
+    plan = make_plan(recipe, source, map_of(source))
+    with CheckpointWriter(out, plan.files, plan.fingerprint) as writer:
+        for note in (*source.notes, *writer.notes):
+            report.note(note)
+        resumed = len(writer.done)
+        errors = do_jobs(plan.jobs, source, writer, _counter(plan, report))
+        facts = RunFacts(
+            seconds=time.monotonic() - started,
+            peak_rss=peak_rss(),
+            threads=torch.get_num_threads(),
+            resumed_tensors=resumed,
+        )
+        result = first_record(plan, located, errors, facts)
+        writer.commit(_sidecars(plan, located, result))
+    return result
+
+
+def _counter(plan: Plan, report: Report) -> Callable[[Job], None]:
+    """A function that counts finished jobs by their bytes, from any thread."""
+    lock, total, done = threading.Lock(), plan.nbytes, 0
+
+    def count(job: Job) -> None:
+        nonlocal done
+        with lock:
+            done += job.nbytes
+            report(done, total, job.outputs[0].name)
+
+    return count
+
+
+def _sidecars(plan: Plan, located: Located, result: Result) -> dict[str, bytes | Path]:
+    config = json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n"
+    record = result.model_dump_json(indent=1) + "\n"
+    return {**sidecars_of(located.path), "config.json": config.encode(), FILE_NAME: record.encode()}
+
+
+def verify_release(release: Path, engine: str) -> Verification:
+    """Load a release in an engine and add what came of it to the record."""
+    from qwench.steps.verify import verify
+
+    found = verify(release, engine)
+    if (release / FILE_NAME).is_file():
+        result = read_result(release)
+        result.verifications = [v for v in result.verifications if v.engine != engine] + [found]
+        write_result(release, result)
+    return found
+
+
+def evaluate_release(release: Path, against: str, text: Path | None, documents: int, length: int, report: Report) -> Evaluation:
+    """Measure a release against its source and add the figures to the record."""
+    from qwench.steps.evaluate import evaluate
+    from qwench.stream.rows import held_out_rows, rows_from_text
+
+    rows = rows_from_text(text, release, documents, length) if text else held_out_rows(release, documents, length)
+    measured = evaluate(release, locate(against).path, rows, lambda at: report(at.block, at.blocks, f"{at.tokens_per_second:.0f} tokens/s"))
+    if (release / FILE_NAME).is_file():
+        result = read_result(release)
+        result.evaluation = measured
+        write_result(release, result)
+    return measured

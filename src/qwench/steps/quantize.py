@@ -1,0 +1,124 @@
+"""Doing the jobs of a plan: weights are read, rounded, packed and put in their places; the rest goes through bit for bit.
+
+One set of weights is in memory at a time. Copies run beside it on a thread of their own: they wait for the disk, rounding waits for the
+processor.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from qwench import numerics
+from qwench.checkpoint.reader import Checkpoint
+from qwench.checkpoint.source import TensorEntry
+from qwench.checkpoint.writer import CheckpointWriter
+from qwench.errors import CheckpointError
+from qwench.formats import compressed_tensors
+from qwench.methods.rtn import round_fused
+from qwench.models.map import Slot
+from qwench.result import TensorError
+from qwench.steps.plan import Job, WeightSet
+
+Done = Callable[[Job], None]
+"""Called after each job, from the thread that did it."""
+
+MEND = "the file is damaged or its training diverged: get a sound copy"
+EXPONENT: dict[str, tuple[type[np.unsignedinteger[Any]], int]] = {
+    "BF16": (np.uint16, 0x7F80),
+    "F16": (np.uint16, 0x7C00),
+    "F32": (np.uint32, 0x7F800000),
+}
+"""Of each stored dtype, the integer with its bits and the exponent that only infinities and NaN have."""
+
+
+def do_jobs(jobs: Sequence[Job], source: Checkpoint, writer: CheckpointWriter, done: Done) -> list[TensorError]:
+    """Do every job that an earlier run left. Returns the round-trip errors of all quantized weights, those of the earlier run included.
+
+    Raises:
+        CheckpointError: a weight holds NaN or infinity, or a file changed under us.
+        OutputError: the disk.
+    """
+    left: list[Job] = []
+    for job in jobs:
+        if all(output.name in writer.done for output in job.outputs):
+            done(job)
+        else:
+            left.append(job)
+    stop = threading.Event()
+
+    def work(mine: list[Job]) -> None:
+        for job in mine:
+            if stop.is_set():
+                return
+            do_job(job, source, writer)
+            done(job)
+
+    with ThreadPoolExecutor(2, "job") as pool:
+        lanes = [[j for j in left if j.copied], [j for j in left if j.quantized]]
+        futures = [pool.submit(work, lane) for lane in lanes]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            stop.set()
+        for future in futures:
+            future.result()
+    return [TensorError.model_validate(data) for data in writer.remarks.values()]
+
+
+def do_job(job: Job, source: Checkpoint, writer: CheckpointWriter) -> None:
+    """One job: a copy, or a set of weights."""
+    if job.copied:
+        writer.put(job.copied.name, finite_chunks(source, job.copied))
+    elif job.quantized:
+        quantize_set(job.quantized, source, writer)
+
+
+def finite_chunks(source: Checkpoint, entry: TensorEntry) -> Iterator[memoryview]:
+    """The bytes of a stored tensor as they pass by, looked at for NaN and infinity."""
+    looked_at = EXPONENT.get(entry.dtype)
+    for chunk in source.chunks(entry.name):
+        if looked_at is not None:
+            kind, exponent = looked_at
+            if ((np.frombuffer(chunk, kind) & kind(exponent)) == exponent).any():
+                raise _not_finite(entry.name, source)
+        yield chunk
+
+
+def quantize_set(weights: WeightSet, source: Checkpoint, writer: CheckpointWriter) -> None:
+    """Read, round, pack and write the weights of one set."""
+    read = [read_weight(slot, source) for slot in weights.slots]
+    for slot, quantized in zip(weights.slots, round_fused(read, weights.scheme, read[0].dtype), strict=True):
+        error = quantized.error
+        assert error is not None
+        remark = TensorError(
+            module=slot.module,
+            role=slot.role,
+            layer=slot.layer,
+            scheme=weights.scheme.label,
+            mean_abs=error.mean_abs,
+            max_abs=error.max_abs,
+            relative_rms=error.relative_rms,
+        )
+        writer.remark(slot.module, remark.model_dump())
+        for name, tensor in compressed_tensors.pack(slot.module, quantized).items():
+            writer.write(name, tensor)
+
+
+def read_weight(slot: Slot, source: Checkpoint) -> Tensor:
+    """A weight [out, in] as stored. Raises CheckpointError where it is not finite."""
+    weight = source.read(slot.tensor, slot.part)
+    if not math.isfinite(numerics.largest_magnitude(weight)):
+        raise _not_finite(slot.tensor, source)
+    return weight
+
+
+def _not_finite(tensor: str, source: Checkpoint) -> CheckpointError:
+    file = source.folder / source.tensors[tensor].file
+    return CheckpointError(f"{tensor} in {file} holds NaN or infinity", MEND)

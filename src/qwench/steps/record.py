@@ -1,0 +1,54 @@
+"""The first record of a release: what it was made from and what became of it. Measurements are added later."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qwench.checkpoint.hub import Located
+from qwench.checkpoint.source import TensorSource
+from qwench.models.map import ModelMap
+from qwench.recipe import recipe_data
+from qwench.result import FileFact, Result, RunFacts, SourceFacts, TensorError
+from qwench.steps.plan import Plan
+from qwench.steps.tally import precision_rows
+
+
+def first_record(plan: Plan, located: Located, errors: Sequence[TensorError], facts: RunFacts) -> Result:
+    """The record of a finished run."""
+    return Result(
+        recipe=recipe_data(plan.recipe),
+        source=source_facts(plan.source, plan.map, located),
+        files=[FileFact(name=f.name, bytes=f.nbytes) for f in plan.files],
+        precision=precision_rows(plan),
+        errors=sorted(errors, key=lambda e: (e.layer is None, e.layer or 0, e.module)),
+        run=facts,
+    )
+
+
+def source_facts(source: TensorSource, map: ModelMap, located: Located) -> SourceFacts:
+    return SourceFacts(
+        name=located.name,
+        revision=located.revision,
+        model_type=map.model_type,
+        layout="conditional generation" if "language_model" in map.prefix else "text only",
+        parameters=sum(math.prod(t.shape) for t in source.tensors.values()),
+        tensors=len(source.tensors),
+        bytes=sum(t.nbytes for t in source.tensors.values()),
+        license=licence_of(source.folder),
+    )
+
+
+def licence_of(folder: Path) -> str | None:
+    """The licence that the model card in a folder states, if any."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        data: Any = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
+    except (OSError, UnicodeDecodeError, IndexError, yaml.YAMLError):
+        return None
+    stated = data.get("license") if isinstance(data, dict) else None
+    return str(stated) if stated else None
