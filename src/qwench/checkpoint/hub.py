@@ -51,7 +51,7 @@ def locate(model: str, *, weights: bool = True, wanted: Wanted | None = None) ->
         CheckpointError: neither a folder nor an id, or the hub does not give it.
     """
     folder = Path(model).expanduser()
-    if folder.exists():
+    if model and folder.exists():
         return _local(folder)
     match = ID.fullmatch(model)
     if not match:
