@@ -107,6 +107,8 @@ class Evaluation(Record):
         ids_sha256: SHA-256 of the rows' token ids.
         documents, length: rows, and tokens in each.
         tokens: positions that were scored: all but the last of each row.
+        loss_increase: negative log-likelihood of the text, release minus source, nats per token. Paired token by token, its standard error is far
+            below those of the perplexities, which documents of different difficulty dominate.
         hidden_error_by_layer: after each decoder layer, ||release - source|| / ||source|| over the hidden states of all rows.
         seconds, peak_rss: of the evaluation.
     """
@@ -122,6 +124,7 @@ class Evaluation(Record):
     perplexity_source: Estimate
     perplexity_release: Estimate
     top1_agreement: Estimate
+    loss_increase: Estimate | None = None
     acceptance_source: Acceptance | None = None
     acceptance_release: Acceptance | None = None
     hidden_error_by_layer: list[float] = Field(default_factory=list)

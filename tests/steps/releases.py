@@ -29,6 +29,7 @@ def evaluation(**changes: Any) -> Evaluation:
             histogram_edges=[1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0], histogram_counts=[12, 300, 330, 29, 1],
         ),
         perplexity_source=estimate(6.2134, 0.313), perplexity_release=estimate(6.3187, 0.324), top1_agreement=estimate(0.94313, 0.0041),
+        loss_increase=estimate(0.016871, 0.00213),
         acceptance_source=Acceptance(by_position=[estimate(0.8712, 0.011), estimate(0.6934, 0.012)]),
         acceptance_release=Acceptance(by_position=[estimate(0.8613, 0.011), estimate(0.6798, 0.012)]),
         hidden_error_by_layer=[0.031, 0.042, 0.047, 0.059],

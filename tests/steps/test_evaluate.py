@@ -81,6 +81,9 @@ def test_numbers_equal_those_of_whole_logits(source, release):
     assert found.divergence.max == pytest.approx(float(divergence.max()), rel=1e-3)
     loss = -log_q.gather(-1, ids[:, 1:, None]).mean()
     assert found.perplexity_release.mean == pytest.approx(float(loss.exp()), rel=1e-5)
+    increase = (log_p - log_q).gather(-1, ids[:, 1:, None]).squeeze(-1).mean(1)
+    assert found.loss_increase.mean == pytest.approx(float(increase.mean()), rel=1e-3)
+    assert found.loss_increase.standard_error == pytest.approx(float(increase.std()) / ROWS**0.5, rel=1e-3)
     assert found.top1_agreement.mean == pytest.approx(float((log_p.argmax(-1) == log_q.argmax(-1)).double().mean()))
     assert sum(found.divergence.histogram_counts) == found.tokens
 

@@ -41,7 +41,7 @@ class Progress:
     Attributes:
         block, blocks: decoder layers that both models have behind them, and all of them.
         rows: rows in the pass.
-        tokens_per_second: positions through one decoder layer of both models, so far.
+        tokens_per_second: tokens that go through all decoder layers of both models in a second, at the pace so far.
         seconds_left: at this pace.
         peak_rss: largest resident memory of this process until now, bytes.
     """
@@ -131,5 +131,5 @@ def _through(reader: Reader, block: int, hidden: Tensor, model: str) -> Tensor:
 
 
 def _progress(done: int, blocks: int, ids: Tensor, seconds: float) -> Progress:
-    pace = ids.numel() * done / max(seconds, 1e-9)
+    pace = ids.numel() * (done / blocks) / max(seconds, 1e-9)
     return Progress(done, blocks, len(ids), pace, seconds / done * (blocks - done), peak_rss())

@@ -17,6 +17,7 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 
 from qwench.errors import CheckpointError, OutputError
+from qwench.models.facts import component_of
 from qwench.result import Acceptance, Estimate, Evaluation, Result, TensorError, read_result
 from qwench.steps.card_engines import engine_sections
 from qwench.steps.card_plots import draw_plots, size_text
@@ -75,7 +76,7 @@ def card_values(result: Result, config: dict[str, Any], title: str) -> dict[str,
         "schemes": " and ".join(sorted({_family(error.scheme).upper() for error in result.errors})) or "unquantized",
         "recipe_name": result.recipe.get("name", "unnamed"),
         "recipe_about": str(result.recipe.get("about", "")).rstrip("."),
-        "recipe": yaml.safe_dump(result.recipe, sort_keys=False, allow_unicode=True),
+        "recipe": yaml.safe_dump(result.recipe, sort_keys=False, allow_unicode=True, width=120),
         "source_size": size_text(result.source.bytes),
         "release_size": size_text(result.bytes),
         "size_share": f"{100 * result.bytes / result.source.bytes:.1f}%",
@@ -92,7 +93,7 @@ def card_values(result: Result, config: dict[str, Any], title: str) -> dict[str,
         "files": [{"name": file.name, "size": size_text(file.bytes)} for file in result.files],
         "version": result.qwench,
         "seconds": _duration(result.run.seconds),
-        "threads": result.run.threads,
+        "threads": f"{result.run.threads} thread{'s' if result.run.threads != 1 else ''}",
         "peak_rss": size_text(result.run.peak_rss),
         "revision": result.source.revision,
     }
@@ -121,7 +122,7 @@ def error_rows(errors: list[TensorError]) -> list[dict[str, Any]]:
     """Round-trip errors by component and scheme, in the order in which they first occur."""
     groups: dict[tuple[str, str], list[TensorError]] = defaultdict(list)
     for error in errors:
-        groups[error.role.partition(".")[0], error.scheme].append(error)
+        groups[component_of(error.role), error.scheme].append(error)
     return [
         {
             "component": component,
@@ -149,6 +150,11 @@ def with_error(estimate: Estimate, factor: float = 1.0, unit: str = "") -> str:
     return f"{mean:.{digits}f}{unit} ± {error:.{digits}f}{unit}"
 
 
+def _perplexity(estimate: Estimate) -> str:
+    """With three decimals whatever its standard error: documents differ far more than the two models, which read the same ones."""
+    return f"{estimate.mean:.3f} ± {estimate.standard_error:.3f}"
+
+
 def _exponent(value: float) -> int:
     """The power of ten of the first digit, after rounding to two."""
     return int(f"{value:.1e}".partition("e")[2])
@@ -160,7 +166,7 @@ def _headline(result: Result) -> dict[str, str]:
     rows = _acceptance_rows(evaluation)
     return {
         "divergence": f"{with_error(evaluation.divergence.mean)} nats" if evaluation else NOT_MEASURED,
-        "perplexity": f"{with_error(evaluation.perplexity_source)} / {with_error(evaluation.perplexity_release)}"
+        "perplexity": f"{_perplexity(evaluation.perplexity_source)} / {_perplexity(evaluation.perplexity_release)}"
         if evaluation
         else NOT_MEASURED,
         "agreement": with_error(evaluation.top1_agreement, 100, "%") if evaluation else NOT_MEASURED,
@@ -183,8 +189,9 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
         "p99": f"{divergence.p99:.3g}",
         "p999": f"{divergence.p999:.3g}",
         "max": f"{divergence.max:.3g}",
-        "perplexity_source": with_error(evaluation.perplexity_source),
-        "perplexity_release": with_error(evaluation.perplexity_release),
+        "perplexity_source": _perplexity(evaluation.perplexity_source),
+        "perplexity_release": _perplexity(evaluation.perplexity_release),
+        "loss_increase": with_error(evaluation.loss_increase) if evaluation.loss_increase else NOT_MEASURED,
         "agreement": with_error(evaluation.top1_agreement, 100, "%"),
     }
 

@@ -71,6 +71,7 @@ def evaluate(
         divergence=summarized_divergence(measures),
         perplexity_source=_estimate(exponential(clustered_mean(measures.loss_source, measures.documents))),
         perplexity_release=_estimate(exponential(clustered_mean(measures.loss_release, measures.documents))),
+        loss_increase=_estimate(clustered_mean(measures.loss_release - measures.loss_source, measures.documents)),
         top1_agreement=_estimate(clustered_mean(measures.agrees, measures.documents)),
         acceptance_source=acceptance_source,
         acceptance_release=acceptance_release,
