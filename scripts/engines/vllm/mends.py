@@ -18,14 +18,14 @@ from pathlib import Path
 
 REMOVED = ("torchaudio", "torchcodec")
 MARK = "# declares the operators of the absent native library"
-PREAMBLE = f'''{MARK}
+PREAMBLE = f"""{MARK}
 import torch as _torch
 
 _declared = _torch.library.Library("torchvision", "FRAGMENT")
 for _operator in ("nms", "qnms"):
     if not hasattr(_torch.ops.torchvision, _operator):
         _declared.define(_operator + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-'''
+"""
 
 
 def installed(package: str) -> bool:

@@ -42,7 +42,7 @@ class Request:
 
     folder: Path
     rows: list[list[int]]
-    generate: int = 8
+    generate: int = 24
     top_k: int | None = None
     dtype: str = "bfloat16"
     image: bool = True
@@ -93,5 +93,5 @@ def read_answer(folder: Path) -> Answer:
     answer = Answer(**json.loads((folder / ANSWER).read_text(encoding="utf-8")))
     for path in sorted(folder.glob("row*.npz"), key=lambda p: int(p.stem.removeprefix("row"))):
         with np.load(path) as arrays:
-            answer.logprobs.append((arrays["tokens"] if "tokens" in arrays else None, arrays["logprobs"]))
+            answer.logprobs.append((arrays.get("tokens"), arrays["logprobs"]))
     return answer

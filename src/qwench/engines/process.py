@@ -26,7 +26,9 @@ def ask(python: Path, worker: str, request: Request, environment: dict[str, str]
         folder = Path(name)
         (folder / REQUEST).write_text(request.to_json(), encoding="utf-8")
         said = folder / "stderr"
-        code = _run([str(python), str(WORKERS / worker), str(folder)], said, _environment(request, environment), request, engine)
+        code = _run(
+            [str(python), str(WORKERS / worker), str(folder)], said, _environment(request, environment), request, engine
+        )
         try:
             return read_answer(folder)
         except (OSError, ValueError, TypeError):
@@ -39,7 +41,12 @@ def ask(python: Path, worker: str, request: Request, environment: dict[str, str]
 def _environment(request: Request, extra: dict[str, str]) -> dict[str, str]:
     """Offline, on few threads, without this process's Python path."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
+    offline = {
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     return ours | offline | {"OMP_NUM_THREADS": str(request.threads), "CUDA_VISIBLE_DEVICES": ""} | extra
 
 

@@ -23,7 +23,9 @@ def python() -> Path:
     """The Python of vLLM's environment. Raises EngineError where there is none."""
     found = home() / "vllm" / "bin" / "python"
     if not found.is_file():
-        raise EngineError(f"there is no vLLM in {home() / 'vllm'}", "run `make engines` (about 3.5 GB), or verify with --engine transformers")
+        raise EngineError(
+            f"there is no vLLM in {home() / 'vllm'}", "run `make engines` (about 3.5 GB), or verify with --engine transformers"
+        )
     return found
 
 

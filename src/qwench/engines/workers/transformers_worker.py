@@ -72,7 +72,9 @@ def account(checkpoint: Path, model: Any, info: dict[str, Any], answer: dict[str
     answer["ignored"] = {name: reason for name in names if any(p.search(name) for p in skipped)}
     unknown = {str(key) for key in info["unexpected_keys"]}
     answer["consumed"] = [name for name in names if name not in answer["ignored"] and name not in unknown]
-    answer["uninitialized"] = sorted(map(str, info["missing_keys"])) + [f"{key[0]}: shapes differ" for key in info["mismatched_keys"]]
+    answer["uninitialized"] = sorted(map(str, info["missing_keys"])) + [
+        f"{key[0]}: shapes differ" for key in info["mismatched_keys"]
+    ]
     strange = sorted(unknown.difference(names))
     answer["notes"] = [f"transformers reports keys under names of its own: {', '.join(strange[:4])}"] if strange else []
 
@@ -103,7 +105,13 @@ def generate(model: Any, ids: Tensor, length: int, **inputs: Any) -> list[int]:
     """`length` greedy tokens, whatever the end token."""
     mask = torch.ones_like(ids)
     out = model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=length, min_new_tokens=length, do_sample=False, pad_token_id=0, **inputs
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=length,
+        min_new_tokens=length,
+        do_sample=False,
+        pad_token_id=0,
+        **inputs,
     )
     return [int(token) for token in out[0, ids.shape[1] :]]
 

@@ -21,7 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-DEFAULTS = tuple(f"attn.{part}" for part in ("q_scale", "k_scale", "v_scale", "prob_scale", "q_zero_point", "k_zero_point", "v_zero_point"))
+DEFAULTS = tuple(
+    f"attn.{part}" for part in ("q_scale", "k_scale", "v_scale", "prob_scale", "q_zero_point", "k_zero_point", "v_zero_point")
+)
 """Parameters that a checkpoint may lack: those of a quantized KV cache have values from the start."""
 
 KEPT = 1 << 16
@@ -68,11 +70,11 @@ def untouched(parameter: Tensor, seed: int) -> bool:
     return bool(whole.any()) or bool(same[-width:].all())
 
 
-class Writes(TorchDispatchMode):
+class Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes which stored tensor was current whenever memory of a parameter is written."""
 
     def __init__(self, parameters: list[Tensor], load: Load) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         spans = sorted((p.untyped_storage().data_ptr(), p.untyped_storage().nbytes()) for p in parameters)
         self._starts, self._sizes = [s for s, _ in spans], [n for _, n in spans]
         self._load = load

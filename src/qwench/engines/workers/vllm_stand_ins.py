@@ -30,20 +30,20 @@ def nvfp4_values(packed: Tensor, scales: Tensor, factor: Tensor) -> Tensor:
     """float32 [..., out, in] from nibbles uint8 [..., out, in/2] (low nibble first), block scales [..., out, in/16] and a factor that broadcasts."""
     codes = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2).long()
     values = E2M1[codes & 7] * torch.where(codes > 7, -1.0, 1.0)
-    blocks = values.unflatten(-1, (-1, 16)) * scales.float().unsqueeze(-1)
-    return blocks.flatten(-2) * factor
+    blocks = values.view(*values.shape[:-1], -1, 16) * scales.float().unsqueeze(-1)
+    decoded: Tensor = blocks.flatten(-2) * factor
+    return decoded
 
 
 def integer_values(packed: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
     """float32 [..., out, in] from codes packed along `in` into int32, lowest first, and scales [..., out, groups]; zeros are packed along `out`."""
     codes = unpack(packed, bits)
     offset = (
-        torch.full(scales.shape, 1 << (bits - 1))
-        if zeros is None
-        else unpack(zeros.transpose(-1, -2), bits).transpose(-1, -2)
+        torch.full(scales.shape, 1 << (bits - 1)) if zeros is None else unpack(zeros.transpose(-1, -2), bits).transpose(-1, -2)
     )
-    groups = codes.unflatten(-1, (scales.shape[-1], -1)) - offset.unsqueeze(-1)
-    return (groups * scales.float().unsqueeze(-1)).flatten(-2)
+    groups = codes.view(*scales.shape, -1) - offset.unsqueeze(-1)
+    decoded: Tensor = (groups * scales.float().unsqueeze(-1)).flatten(-2)
+    return decoded
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
@@ -64,7 +64,7 @@ def _linear_nvfp4() -> None:
     from vllm.model_executor.kernels.linear.nvfp4.base import NvFp4LinearKernel, NvFp4LinearLayerConfig
     from vllm.model_executor.layers.quantization.compressed_tensors.schemes import compressed_tensors_w4a4_nvfp4 as module
 
-    class StandIn(NvFp4LinearKernel):
+    class StandIn(NvFp4LinearKernel):  # type: ignore[misc]
         @classmethod
         def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
             return True, None
@@ -73,11 +73,11 @@ def _linear_nvfp4() -> None:
         def can_implement(cls, config: Any) -> tuple[bool, str | None]:
             return True, None
 
-        def process_weights_after_loading(self, layer: nn.Module) -> None:
+        def process_weights_after_loading(self, layer: Any) -> None:
             values = nvfp4_values(layer.weight.data, layer.weight_scale.data, layer.weight_global_scale.data)
             layer.weight = nn.Parameter(values.to(torch.get_default_dtype()), requires_grad=False)
 
-        def apply_weights(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
             return nn.functional.linear(x, layer.weight, bias)
 
     choose = module.init_nvfp4_linear_kernel
@@ -96,7 +96,7 @@ def _linear_integer() -> None:
     from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearKernel
     from vllm.model_executor.layers.quantization.compressed_tensors.schemes import compressed_tensors_wNa16 as module
 
-    class StandIn(MPLinearKernel):
+    class StandIn(MPLinearKernel):  # type: ignore[misc]
         @classmethod
         def get_min_capability(cls) -> int:
             return -1
@@ -105,13 +105,13 @@ def _linear_integer() -> None:
         def can_implement(cls, c: Any) -> tuple[bool, str | None]:
             return True, None
 
-        def process_weights_after_loading(self, layer: nn.Module) -> None:
+        def process_weights_after_loading(self, layer: Any) -> None:
             packed, scales, zeros = self._get_weight_params(layer)
             bits = self.config.weight_type.size_bits
             values = integer_values(packed.data, scales.data, zeros.data if self.config.zero_points else None, bits)
             layer.weight = nn.Parameter(values.to(scales.dtype), requires_grad=False)
 
-        def apply_weights(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
             return nn.functional.linear(x, layer.weight, bias)
 
     choose = module.choose_mp_linear_kernel
@@ -138,7 +138,7 @@ class NoExperts:
         return False
 
 
-def _run_unquantized(method: Any, layer: nn.Module, gate_up: Tensor, down: Tensor) -> None:
+def _run_unquantized(method: Any, layer: Any, gate_up: Tensor, down: Tensor) -> None:
     """Give a quantized experts layer the unquantized kernel, with decoded weights [experts, 2 * width, hidden] and [experts, hidden, width]."""
     from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
 
@@ -160,7 +160,7 @@ def _offer_experts(module: Any, cls: Any, select: str, what: str, decode: Any) -
             note(what)
             return None, NoExperts
 
-    def decode_or_process(method: Any, layer: nn.Module) -> None:
+    def decode_or_process(method: Any, layer: Any) -> None:
         if method.experts_cls is NoExperts:
             _run_unquantized(method, layer, *decode(method, layer))
         else:
@@ -175,7 +175,7 @@ def _experts_nvfp4() -> None:
         compressed_tensors_moe_w4a4_nvfp4 as module,
     )
 
-    def decode(method: Any, layer: nn.Module) -> tuple[Tensor, Tensor]:
+    def decode(method: Any, layer: Any) -> tuple[Tensor, Tensor]:
         # As vLLM does for its own kernels: the gate's outer scale stands for the up projection's too.
         gate = 1.0 / layer.w13_weight_global_scale.data[:, 0]
         down = 1.0 / layer.w2_weight_global_scale.data
@@ -192,7 +192,7 @@ def _experts_integer() -> None:
         compressed_tensors_moe_wna16 as module,
     )
 
-    def decode(method: Any, layer: nn.Module) -> tuple[Tensor, Tensor]:
+    def decode(method: Any, layer: Any) -> tuple[Tensor, Tensor]:
         def values(part: str) -> Tensor:
             zeros = getattr(layer, f"{part}_weight_zero_point", None)
             packed, scales = getattr(layer, f"{part}_weight_packed").data, getattr(layer, f"{part}_weight_scale").data

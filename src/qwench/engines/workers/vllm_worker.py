@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import vllm_stand_ins
-from vllm_ledger import Ledger
+import vllm_stand_ins  # type: ignore[import-not-found]  # beside this script, which is run by path
+from vllm_ledger import Ledger  # type: ignore[import-not-found]
 
 UNREAD = "input_global_scale"
 """Allocated for NVFP4 experts, and not read where activations stay as they are."""
@@ -65,7 +65,9 @@ def _serve(request: dict[str, Any], config: dict[str, Any], folder: Path, answer
 
 
 def _sees(folder: Path, config: dict[str, Any]) -> bool:
-    return "vision_config" in config and (folder / "preprocessor_config.json").is_file() and (folder / "tokenizer.json").is_file()
+    return (
+        "vision_config" in config and (folder / "preprocessor_config.json").is_file() and (folder / "tokenizer.json").is_file()
+    )
 
 
 def _rows(llm: Any, request: dict[str, Any], folder: Path, answer: dict[str, Any]) -> None:
@@ -82,7 +84,7 @@ def _rows(llm: Any, request: dict[str, Any], folder: Path, answer: dict[str, Any
         np.savez(folder / f"row{number}.npz", **_arrays(output.prompt_logprobs[1:], request["top_k"]))
 
 
-def _arrays(places: list[dict[int, Any]], top_k: int | None) -> dict[str, np.ndarray[Any, Any]]:
+def _arrays(places: list[dict[int, Any]], top_k: int | None) -> dict[str, Any]:
     """The k most likely tokens of each place; vLLM adds the token that stands there, which is left out where it is not among them."""
     if top_k is None:
         return {"logprobs": np.array([[place[t].logprob for t in range(len(place))] for place in places], np.float32)}
@@ -116,7 +118,9 @@ def _images(llm: Any, request: dict[str, Any], config: dict[str, Any]) -> dict[s
         question = {"prompt_token_ids": prompt, "multi_modal_data": {"image": Image.fromarray(pixels)}}
         sampling = SamplingParams(temperature=0, max_tokens=6, logprobs=5, ignore_eos=True, detokenize=False)
         output = llm.generate([question], sampling, use_tqdm=False)[0]
-        said.append([(t, round(p[t].logprob, 4)) for t, p in zip(output.outputs[0].token_ids, output.outputs[0].logprobs)])
+        said.append(
+            [(t, round(p[t].logprob, 4)) for t, p in zip(output.outputs[0].token_ids, output.outputs[0].logprobs, strict=True)]
+        )
         lengths.append(len(output.prompt_token_ids) - len(prompt) + 1)
     return {"tokens": lengths[0], "generated": [t for t, _ in said[0]], "differs": said[0] != said[1]}
 
@@ -125,7 +129,9 @@ def _account(ledger: Ledger, answer: dict[str, Any]) -> None:
     quantizes_activations = any(name.endswith(UNREAD) for load in ledger.loads for name in load.given)
     answer["consumed"] = ledger.consumed
     answer["uninitialized"] = [n for n in ledger.uninitialized if quantizes_activations or not n.endswith(UNREAD)]
-    answer["notes"] = [f"{load.model}: {len(load.given)} tensors handed over, {len(load.consumed)} taken" for load in ledger.loads]
+    answer["notes"] = [
+        f"{load.model}: {len(load.given)} tensors handed over, {len(load.consumed)} taken" for load in ledger.loads
+    ]
     answer["stand_ins"] = vllm_stand_ins.used
 
 
