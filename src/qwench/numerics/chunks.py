@@ -83,10 +83,24 @@ _POOL: dict[int, ThreadPoolExecutor] = {}
 
 
 def _pool(threads: int) -> ThreadPoolExecutor:
-    """The shared pool of so many workers; each of them keeps PyTorch to one thread."""
+    """The shared pool of so many workers; each of them keeps PyTorch to one thread.
+
+    PyTorch remembers the number last set anywhere as the default for threads that it has not met yet. So all workers are started and set at
+    once, and then the caller's own number is set again, which makes it the default as before.
+    """
     with _POOL_LOCK:
         if threads not in _POOL:
-            _POOL[threads] = ThreadPoolExecutor(threads, "encode", initializer=torch.set_num_threads, initargs=(1,))
+            pool, started = ThreadPoolExecutor(threads, "encode"), threading.Barrier(threads)
+
+            def start() -> None:
+                torch.get_num_threads()  # PyTorch meets the thread, and gives it the default
+                torch.set_num_threads(1)
+                started.wait()
+
+            for worker in [pool.submit(start) for _ in range(threads)]:
+                worker.result()
+            torch.set_num_threads(torch.get_num_threads())
+            _POOL[threads] = pool
         return _POOL[threads]
 
 

@@ -57,7 +57,8 @@ def outer_scale(amax: Tensor | float) -> Tensor:
     Kept within `OUTER_RANGE`; 1 where amax is 0.
     """
     amax = torch.as_tensor(amax, dtype=torch.float32).reshape(1)
-    outer = (E4M3_LARGEST * LARGEST / amax).clamp(*OUTER_RANGE)
+    # Two tensors: a Python number would be multiplied by the reciprocal, which rounds twice.
+    outer = torch.div(torch.tensor([E4M3_LARGEST * LARGEST]), amax).clamp(*OUTER_RANGE)
     return torch.where(amax > 0, outer, torch.ones_like(outer))
 
 
