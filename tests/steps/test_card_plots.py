@@ -1,8 +1,18 @@
 import math
 
+import numpy as np
 import pytest
 
-from qwench.steps.card_plots import byte_rows, bytes_figure, divergence_figure, draw_plots, layer_figure, layer_table, size_text
+from qwench.steps.card_plots import (
+    byte_rows,
+    bytes_figure,
+    divergence_figure,
+    draw_plots,
+    layer_figure,
+    layer_table,
+    shade_range,
+    size_text,
+)
 from tests.steps.releases import evaluation, release, row, weight
 
 
@@ -16,6 +26,13 @@ def test_layer_table_has_one_row_per_role_and_gaps_where_nothing_is_quantized():
     assert roles == ["attention.q", "expert.up"] and table.shape == (2, 3)
     assert table[1, 2] == pytest.approx(math.sqrt((0.03**2 + 0.04**2) / 2)) and table[0, 0] == 0.09
     assert math.isnan(table[0, 1]) and math.isnan(table[1, 0])
+
+
+@pytest.mark.parametrize(
+    ("values", "low", "high"), [([9.5, 9.6, math.nan], 8.59, 10.51), ([0.6, 9.6], 0.6, 9.6), ([0.0, 0.0], 0.0, 0.0)]
+)
+def test_shades_do_not_blow_small_differences_up(values, low, high):
+    assert shade_range(np.array(values)) == pytest.approx((low, high))
 
 
 def test_layer_figure_shows_every_layer_of_both():

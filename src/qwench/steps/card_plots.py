@@ -170,15 +170,17 @@ def size_text(size: float) -> str:
     return f"{value:.{2 if value < 9.995 and unit > 1 else 1 if value < 99.95 and unit > 1 else 0}f} {name}"
 
 
+def shade_range(values: Any) -> tuple[float, float]:
+    """Ends of the colour scale: those of the values, but at least a fifth of the largest apart, so that equal errors look equal."""
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    widened = max(0.2 * high - (high - low), 0) / 2
+    return low - widened, high + widened
+
+
 def _error_map(figure: Figure, axis: Any, roles: list[str], table: Any) -> None:
-    image = axis.pcolormesh(
-        np.arange(table.shape[1] + 1) - 0.5,
-        np.arange(len(roles) + 1) - 0.5,
-        table * 100,
-        cmap=SHADES,
-        edgecolors="white",
-        linewidth=1.2,
-    )
+    percent, (low, high) = table * 100, shade_range(table * 100)
+    across, down = np.arange(table.shape[1] + 1) - 0.5, np.arange(len(roles) + 1) - 0.5
+    image = axis.pcolormesh(across, down, percent, cmap=SHADES, vmin=low, vmax=high, edgecolors="white", linewidth=1.2)
     axis.set_facecolor("#F4F5F7")
     axis.set_yticks(range(len(roles)), roles)
     axis.invert_yaxis()
