@@ -13,13 +13,26 @@ from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
+from typer.core import TyperGroup
 
 from qwench import __version__, display
 from qwench.errors import Interrupted, UserError, VerificationError
 from qwench.recipe import bundled, load_recipe
 
+
+class Commands(TyperGroup):
+    """The commands; Ctrl-C in one of them becomes an error of ours, with its message."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Interrupted from None
+
+
 app = typer.Typer(
     name="qwench",
+    cls=Commands,
     help="Turn a Qwen3.5-family checkpoint into a release that people run.",
     no_args_is_help=True,
     add_completion=False,
@@ -214,7 +227,7 @@ def main() -> None:
         display.err.print(f"[bold red]error:[/] {escape(str(error))}")
         sys.exit(2)
     except (Interrupted, KeyboardInterrupt):
-        display.err.print("stopped; finished files are kept, and the same command goes on from there")
+        display.err.print("stopped; what a run has written is kept, and the same command goes on from there")
         sys.exit(2)
     except OSError as error:
         display.err.print(f"[bold red]error:[/] {escape(str(error))}")

@@ -53,7 +53,8 @@ def run_recipe(recipe: Recipe, model: str, out: Path, threads: int, report: Repo
     located = locate(model)
     source = Checkpoint.open(located.path)
     plan = make_plan(recipe, source, map_of(source))
-    with CheckpointWriter(out, plan.files, plan.fingerprint) as writer:
+    others = sum(path.stat().st_size for path in sidecars_of(located.path).values())
+    with CheckpointWriter(out, plan.files, plan.fingerprint + source.stamp(), others) as writer:
         for note in (*source.notes, *writer.notes):
             report.note(note)
         resumed = len(writer.done)
@@ -105,8 +106,11 @@ def evaluate_release(release: Path, against: str, text: Path | None, documents: 
     from qwench.steps.evaluate import evaluate
     from qwench.stream.rows import held_out_rows, rows_from_text
 
+    read_config(release)
     rows = rows_from_text(text, release, documents, length) if text else held_out_rows(release, documents, length)
-    measured = evaluate(release, locate(against).path, rows, lambda at: report(at.block, at.blocks, f"{at.tokens_per_second:.0f} tokens/s"))
+    measured = evaluate(
+        release, locate(against).path, rows, lambda at: report(at.block, at.blocks, f"{at.tokens_per_second:.0f} tokens/s")
+    )
     if (release / FILE_NAME).is_file():
         result = read_result(release)
         result.evaluation = measured

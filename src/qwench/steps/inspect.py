@@ -61,7 +61,7 @@ def _fit(found: Facts, context: int, vram: float) -> dict[str, Any]:
     """What does and does not fit a GPU: weights, then weights with caches at the context asked for."""
     memory = int(vram * GIB)
     with_mtp = found.mtp == "present"
-    limits = {kv: found.max_context(memory, dtype=kv, mtp=with_mtp) for kv in ("bfloat16", "fp8_e4m3")}  # type: ignore[arg-type]
+    limits = {kv: found.max_context(memory, dtype=kv, mtp=with_mtp) for kv in ("bfloat16", "fp8_e4m3")}
     needed = found.bytes + found.state_bytes() + found.kv_bytes(context, mtp=with_mtp)
     return {
         "vram": memory,
