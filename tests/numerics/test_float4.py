@@ -30,9 +30,8 @@ def ties(outer: float) -> Tensor:
     """One block each whose quotients are exactly every tie of E2M1, both signs, and the neighbours of ties."""
     points = [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0]
     near = [math.nextafter(p, 10) for p in points]
-    row = torch.tensor(
-        [6.0, *points, *(-p for p in points), 0.0] + [-6.0, *near, *(2 * p - n for p, n in zip(points, near, strict=True)), 0.0]
-    )
+    beside = [2 * p - n for p, n in zip(points, near, strict=True)]
+    row = torch.tensor([6.0, *points, *(-p for p in points), 0.0, -6.0, *near, *beside, 0.0])
     up, down = (np.nextafter(row.numpy(), np.float32(side)) for side in (10, -10))
     return torch.stack([row, torch.from_numpy(np.clip(up, -6, 6)), torch.from_numpy(np.clip(down, -6, 6))]) * (448 / outer)
 

@@ -58,17 +58,22 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_words(words: Tensor, bits: int, columns: int) -> Tensor:
-    """int32 [rows, words] to signed codes, int8 [rows, columns]."""
-    raw = words.contiguous().view(torch.uint8)
+    """Contiguous int32 [rows, words] to signed codes, int8 [rows, columns]."""
+    raw = words.view(torch.uint8)
     unsigned = (unpack_nibbles(raw) if bits == 4 else raw.clone())[:, :columns].contiguous()
     return unsigned.sub_(2 ** (bits - 1)).view(torch.int8)
 
 
 def pack_rows(codes: Tensor, bits: int) -> Tensor:
     """Like `pack_words`, but along the rows: int8 [rows, columns] to int32 [ceil(rows * bits / 32), columns]."""
-    return pack_words(codes.t().contiguous(), bits).t().contiguous()
+    return _turned(pack_words(_turned(codes), bits))
 
 
 def unpack_rows(words: Tensor, bits: int, rows: int) -> Tensor:
     """int32 [words, columns] to signed codes, int8 [rows, columns]."""
-    return unpack_words(words.t().contiguous(), bits, rows).t().contiguous()
+    return _turned(unpack_words(_turned(words), bits, rows))
+
+
+def _turned(matrix: Tensor) -> Tensor:
+    """The transpose, laid out anew. (`contiguous` would leave the strides of a single row as they are, and they could not be viewed as bytes.)"""
+    return matrix.t().clone(memory_format=torch.contiguous_format)
