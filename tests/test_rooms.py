@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "methods": {"errors", "numerics"},
     "models": {"errors", "checkpoint", "numerics"},
     "formats": {"errors", "checkpoint", "numerics"},
-    "stream": {"errors", "checkpoint", "models"},
+    "stream": {"errors", "checkpoint", "models", "numerics"},
     "engines": {"errors", "checkpoint"},
     "evaluation": {"errors", "checkpoint", "models", "stream"},
     "recipe": {"errors", "numerics"},

@@ -1,0 +1,94 @@
+"""One decoder layer in memory, which a walk runs, observes and changes.
+
+    live = LiveBlock(source, map, modules, 3)
+    live.run(hidden)                               # as transformers would
+    live.weight(slot).mul_(scale)                  # changes what the next run sees
+    live.store(slot, quantized)                    # what a file will hold; the next run sees its values
+
+Weights are float32 (or the compute dtype asked for), experts fused as in the transformers classes; `weight` shows any slot of it as a view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from qwench.checkpoint.source import TensorSource
+from qwench.models.map import Block, ModelMap, Slot
+from qwench.models.modules import Modules, quiet, text_positions
+from qwench.models.weights import FUSED, read_block
+from qwench.numerics import Quantized
+
+
+class LiveBlock:
+    """A decoder layer of a checkpoint, changeable.
+
+    Attributes:
+        block: its slots and sets.
+        weights: by parameter name of the transformers class.
+        quantized: what was stored for a module, by module.
+        altered: slots whose weights were changed without being quantized, by module.
+    """
+
+    def __init__(
+        self, source: TensorSource, map: ModelMap, modules: Modules, index: int, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.block: Block = map.blocks[index]
+        self.stem = f"{map.prefix}layers.{index}."
+        self.modules, self.dtype = modules, dtype
+        self.layer: nn.Module = modules.layer(self.block.kind)
+        self.weights: dict[str, Tensor] = read_block(source, self.block, self.stem, dtype)
+        self.quantized: dict[str, Quantized] = {}
+        self.altered: dict[str, Slot] = {}
+
+    def parameter(self, slot: Slot) -> tuple[str, tuple[int | slice, ...]]:
+        """Where a slot lies in `weights`: the parameter's name, and the part of it."""
+        if slot.expert is None:
+            return slot.tensor.removeprefix(self.stem), ()
+        name, part, _ = FUSED[slot.role.rpartition(".")[2]]
+        rows = slot.shape[0]
+        return name, (slot.expert, slice(part * rows, (part + 1) * rows))
+
+    def weight(self, slot: Slot) -> Tensor:
+        """A slot's weight, a view of what runs."""
+        name, part = self.parameter(slot)
+        return self.weights[name][part] if part else self.weights[name]
+
+    def alter(self, slot: Slot, value: Tensor) -> None:
+        """Give a slot another weight that a file will hold as it is (a smoothed norm, a rescaled router)."""
+        self.weight(slot).copy_(value)
+        self.altered[slot.module] = slot
+
+    def store(self, slot: Slot, quantized: Quantized) -> None:
+        """Give a slot its quantized form; what runs from now on are its values, the low-rank correction included."""
+        self.quantized[slot.module] = quantized
+        self.altered.pop(slot.module, None)
+        values = quantized.dequantize()
+        if quantized.low_rank is not None:
+            down, up = quantized.low_rank
+            values += up.float() @ down.float()
+        self.weight(slot).copy_(values)
+
+    @torch.no_grad()
+    def run(self, hidden_BTD: Tensor) -> Tensor:
+        """Hidden states after the layer, for rows of text."""
+        return self.run_with(self.weights, hidden_BTD)
+
+    def run_with(self, weights: Mapping[str, Tensor], hidden_BTD: Tensor) -> Tensor:
+        """Hidden states after the layer with other weights by parameter name; gradients flow where the weights want them."""
+        rows, length, _ = hidden_BTD.shape
+        hidden_BTD = hidden_BTD.to(self.dtype)
+        rope = self.modules.rope(text_positions(length).expand(3, rows, length), hidden_BTD)
+        named: dict[str, Any] = {"position_embeddings": rope, "attention_mask": None}
+        with quiet():
+            result: Tensor = functional_call(self.layer, dict(weights), (hidden_BTD,), named, strict=True)
+        return result
+
+    def submodule(self, slot: Slot) -> nn.Module:
+        """The transformers module that applies a slot's weight: for an expert, the module of all experts."""
+        name, _ = self.parameter(slot)
+        return self.layer.get_submodule(name.rpartition(".")[0])
