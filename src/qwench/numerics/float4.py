@@ -22,7 +22,7 @@ from torch import Tensor
 
 from qwench.numerics.chunks import INT_OF, ErrorSums, Tile, Workspace, error_sums, largest_magnitude, round_trip, work_through
 from qwench.numerics.quantized import Quantized
-from qwench.numerics.scheme import Scheme
+from qwench.numerics.scheme import Scheme, Search
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Magnitudes by index."""
@@ -76,14 +76,11 @@ def encode_nvfp4(weight: Tensor, scheme: Scheme, outer: Tensor | None = None) ->
     divisor = float(outer)
     codes = torch.empty(weight.shape, dtype=torch.uint8)
     scales = torch.empty(weight.shape[0], weight.shape[1] // group, dtype=torch.float8_e4m3fn)
-    factors = {"none": (1.0,), "mse": NVFP4_FACTORS, "four-over-six": FOUR_OVER_SIX}[scheme.search]
 
     def work(tile: Tile, space: Workspace) -> ErrorSums:
         magnitude = _magnitude(tile.of(weight), space)
         blocks = magnitude.view(-1, group)
-        wanted = _block_largest(blocks).div_(LARGEST).mul_(divisor)
-        candidates = [round_e4m3(wanted * factor) for factor in factors]
-        scale = _best(blocks, [(stored, stored / divisor) for stored in candidates], space)
+        scale = _best(blocks, fits_nvfp4(_block_largest(blocks), divisor, scheme.search), space)
         scales[tile.rows].view(-1).copy_(scale)
         return _finish(tile, weight, blocks, scale / divisor, codes, space)
 
@@ -99,14 +96,11 @@ def encode_mxfp4(weight: Tensor, scheme: Scheme) -> Quantized:
     group = scheme.group or 32
     codes = torch.empty(weight.shape, dtype=torch.uint8)
     exponents = torch.empty(weight.shape[0], weight.shape[1] // group, dtype=torch.uint8)
-    shifts = MX_SHIFTS if scheme.search == "mse" else (0,)
 
     def work(tile: Tile, space: Workspace) -> ErrorSums:
         magnitude = _magnitude(tile.of(weight), space)
         blocks = magnitude.view(-1, group)
-        power = _block_largest(blocks).view(torch.int32).add_(1 << 21).bitwise_right_shift_(23).sub_(2)
-        candidates = [(power + shift).clamp_(*MX_EXPONENT_RANGE) for shift in shifts]
-        exponent = _best(blocks, [(stored, power_of_two(stored)) for stored in candidates], space)
+        exponent = _best(blocks, fits_mxfp4(_block_largest(blocks), scheme.search), space)
         exponents[tile.rows].view(-1).copy_(exponent)
         return _finish(tile, weight, blocks, power_of_two(exponent), codes, space)
 
@@ -131,6 +125,20 @@ def decode_float4(quantized: Quantized) -> Tensor:
 
     work_through(codes, work)
     return values
+
+
+def fits_nvfp4(amax: Tensor, divisor: float, search: Search) -> list[tuple[Tensor, Tensor]]:
+    """The scales that a search tries for blocks of largest magnitude `amax` (float32): pairs of what is stored, in float32, and scale / outer."""
+    wanted = (amax / LARGEST).mul_(divisor)
+    factors = {"none": (1.0,), "mse": NVFP4_FACTORS, "four-over-six": FOUR_OVER_SIX}[search]
+    return [(stored, stored / divisor) for stored in (round_e4m3(wanted * factor) for factor in factors)]
+
+
+def fits_mxfp4(amax: Tensor, search: Search) -> list[tuple[Tensor, Tensor]]:
+    """The exponents that a search tries for blocks of largest magnitude `amax` (float32): pairs of the E8M0 code, int32, and 2^e."""
+    power = amax.view(torch.int32).add(1 << 21).bitwise_right_shift_(23).sub_(2)
+    candidates = [(power + shift).clamp_(*MX_EXPONENT_RANGE) for shift in (MX_SHIFTS if search == "mse" else (0,))]
+    return [(stored, power_of_two(stored)) for stored in candidates]
 
 
 def power_of_two(exponent: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ def encode_fp8(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype = torch.
     def work(tile: Tile, space: Workspace) -> ErrorSums:
         part = tile.of(weight)
         values = space.take("values", (part.shape[0], part.shape[1])).copy_(part)
-        scale = _fit(values, height, width, scale_dtype)
+        scale = fit_fp8(values, height, width, scale_dtype)
         scales[tile.rows.start // height :, tile.columns.start // width :][: scale.shape[0], : scale.shape[1]].copy_(scale)
         spread = _spread(scale.to(torch.float32), (part.shape[0], part.shape[1]), height, width)
         quotient = torch.div(values, spread, out=space.take("quotient", tuple(values.shape))).clamp_(-LARGEST, LARGEST)
@@ -63,7 +63,7 @@ def decode_fp8(quantized: Quantized) -> Tensor:
     return values
 
 
-def _fit(values: Tensor, height: int, width: int, scale_dtype: torch.dtype) -> Tensor:
+def fit_fp8(values: Tensor, height: int, width: int, scale_dtype: torch.dtype) -> Tensor:
     """amax / 448 of each block of a tile, in `scale_dtype`, kept at its normal numbers and low enough that no code overflows."""
     rows, columns = values.shape
     down, across = math.ceil(rows / height), math.ceil(columns / width)

@@ -47,7 +47,7 @@ def encode_integer(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype = to
         part = tile.of(weight)
         values = space.take("values", (part.shape[0], part.shape[1])).copy_(part).view(-1, group)
         low, high = torch.amin(values, 1), torch.amax(values, 1)
-        candidates = [_fit(low * factor, high * factor, scheme, scale_dtype) for factor in factors]
+        candidates = [fit_integer(low * factor, high * factor, scheme, scale_dtype) for factor in factors]
         scale, zero = _best(values, candidates, scheme.bits, space)
         scales[tile.rows].view(-1).copy_(scale)
         if zeros is not None and zero is not None:
@@ -82,8 +82,8 @@ Fit = tuple[Tensor, Tensor | None]
 """Scale and, where asymmetric, zero point of each group, both float32 [groups]."""
 
 
-def _fit(low: Tensor, high: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Fit:
-    """Scale and zero point for groups that span [low, high]."""
+def fit_integer(low: Tensor, high: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Fit:
+    """Scale and zero point for groups that span [low, high], float32 of one shape; the scale is already rounded to `scale_dtype`."""
     half = 2 ** (scheme.bits - 1)
     if scheme.symmetric and scheme.full_range:
         extreme = torch.where(high >= -low, high, low)
