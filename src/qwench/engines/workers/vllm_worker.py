@@ -50,7 +50,7 @@ def _serve(request: dict[str, Any], config: dict[str, Any], folder: Path, answer
     arguments: dict[str, Any] = dict(
         model=request["folder"], dtype=request["dtype"], max_model_len=length + max(request["generate"], 16) + 256, max_num_seqs=2,
         enforce_eager=True, max_logprobs=request["top_k"] or -1, enable_prefix_caching=False, disable_log_stats=False,
-        skip_tokenizer_init=not image, seed=0,
+        skip_tokenizer_init=not (Path(request["folder"]) / "tokenizer.json").is_file(), seed=0,
     )  # fmt: skip
     if "vision_config" in config:
         arguments["limit_mm_per_prompt"] = {"image": int(image), "video": 0}

@@ -1,0 +1,22 @@
+"""Tests that need an engine with an environment of its own skip where it is absent, and say so in the summary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qwench.engines import vllm
+from qwench.errors import EngineError
+
+PYTHONS: dict[str, Callable[[], Path]] = {"vllm": vllm.python}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for marker in item.iter_markers("engine"):
+            try:
+                PYTHONS[marker.args[0]]()
+            except EngineError as error:
+                item.add_marker(pytest.mark.skip(reason=str(error).replace("\n", "; ")))
