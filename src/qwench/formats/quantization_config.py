@@ -50,7 +50,8 @@ def quantization_config(assigned: Mapping[str, Scheme], kept: Collection[str]) -
     for module, scheme in assigned.items():
         by_scheme.setdefault(_stored(scheme), []).append(module)
     first = _of_the_class(by_scheme)
-    order = [first, *(s for s in by_scheme if s != first)]
+    # Last: the library stops at the first target that a module matches, and warns of targets that it never came to.
+    order = [*(s for s in by_scheme if s != first), first]
     groups = {f"group_{i}": _group(s, _targets(s, s == first, by_scheme, kept)) for i, s in enumerate(order)}
     formats = {FORMAT_OF[s.kind] for s in order}
     return {
