@@ -15,6 +15,7 @@ The head's output is again the state of the token that it has read, so that it m
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,23 +26,30 @@ from torch import Tensor
 from qwench.demo import checkpoint
 from tests.support.tiny import save_checkpoint, tiny_config, tiny_shapes, tiny_tensors
 
-FIRST = 16
-"""Tokens below stay out of the cycle: image tokens and the like."""
+CYCLE = range(16, 1396)
+"""Tokens of the cycle; the special tokens of the borrowed tokenizer are outside."""
 QUIET = 1e-3
 """Layers' last matrices are scaled by it."""
 LAST = ("o_proj.weight", "out_proj.weight", "down_proj.weight", "experts.down_proj")
 GEOMETRY = dict(
-    head_dim=64, linear_num_key_heads=2, linear_num_value_heads=6, linear_key_head_dim=64, linear_value_head_dim=64,
+    vocab_size=1504, head_dim=64, linear_num_key_heads=2, linear_num_value_heads=6, linear_key_head_dim=64, linear_value_head_dim=64,
 )  # fmt: skip
-"""Heads that vLLM's CPU kernels take: Gated DeltaNet in 64 or 128 channels."""
+"""Heads that vLLM's CPU kernels take (Gated DeltaNet in 64 or 128 channels), and rows for the demo tokenizer."""
 
 
-def oracle_config(moe: bool = False) -> dict[str, Any]:
-    """The config of a tiny checkpoint, with heads that vLLM's CPU kernels take."""
-    config = tiny_config(moe=moe)
+def runnable_config(moe: bool = False) -> dict[str, Any]:
+    """The config of a tiny checkpoint that vLLM's CPU kernels take, with the vocabulary of the demo tokenizer."""
+    config, demo = tiny_config(moe=moe), json.loads((checkpoint("dense") / "config.json").read_text(encoding="utf-8"))
     config["text_config"] |= GEOMETRY
     config["text_config"]["rope_parameters"]["mrope_section"] = [3, 3, 2]
-    return config
+    return config | {name: demo[name] for name in demo if name.endswith("_token_id")}
+
+
+def write_runnable(folder: Path, moe: bool = False, seed: int = 0) -> Path:
+    """A random checkpoint that both engines can run, images included; the experts of the trunk are fused."""
+    config = runnable_config(moe)
+    save_checkpoint(folder, config, tiny_tensors(tiny_shapes(config), seed=seed), shards=2)
+    return borrow_sidecars(folder)
 
 
 def write_oracle(folder: Path, moe: bool = False, seed: int = 0, swap_halves: bool = False) -> Path:
@@ -50,7 +58,7 @@ def write_oracle(folder: Path, moe: bool = False, seed: int = 0, swap_halves: bo
     Args:
         swap_halves: write fc with its halves exchanged: every draft is wrong then.
     """
-    config = oracle_config(moe)
+    config = runnable_config(moe)
     tensors = tiny_tensors(tiny_shapes(config, trunk_experts="single" if moe else "fused"), seed=seed)
     for name in tensors:
         if name.endswith(LAST):
@@ -68,23 +76,22 @@ def borrow_sidecars(folder: Path) -> Path:
     return folder
 
 
-def cycle_row(config: dict[str, Any], length: int, start: int = 5) -> list[int]:
+def cycle_row(length: int, start: int = 5) -> list[int]:
     """`length` tokens along the cycle."""
-    places = config["text_config"]["vocab_size"] - FIRST
-    return [FIRST + (start + i) % places for i in range(length)]
+    return [CYCLE[(start + i) % len(CYCLE)] for i in range(length)]
 
 
 def construct(text: dict[str, Any], seed: int, swap_halves: bool) -> dict[str, Tensor]:
     """Embedding, head, the norms between them, and fc, float32."""
     hidden, vocabulary, generator = text["hidden_size"], text["vocab_size"], torch.Generator().manual_seed(seed)
-    places = vocabulary - FIRST
+    places, cycle = len(CYCLE), slice(CYCLE.start, CYCLE.stop)
     frequencies = (1 + torch.randperm(places // 2 - 1, generator=generator)[: hidden // 2]) * 2 * torch.pi / places
     angles = torch.arange(places)[:, None] * frequencies
     embedding = torch.zeros(vocabulary, hidden)
-    embedding[FIRST:] = torch.stack([angles.cos(), angles.sin()], -1).flatten(1)
+    embedding[cycle] = torch.stack([angles.cos(), angles.sin()], -1).flatten(1)
     final, own, of_embedding, of_hidden = (gains(hidden, generator) for _ in range(4))
     head = torch.zeros(vocabulary, hidden)
-    head[FIRST:] = embedding[FIRST:].roll(1, 0) / final  # the row of a token is the state of the one before it
+    head[cycle] = embedding[cycle].roll(1, 0) / final  # the row of a token is the state of the one before it
     norms = {
         "model.language_model.norm": final, "mtp.norm": own,
         "mtp.pre_fc_norm_embedding": of_embedding, "mtp.pre_fc_norm_hidden": of_hidden,

@@ -34,7 +34,7 @@ def ask(python: Path, worker: str, request: Request, environment: dict[str, str]
         except (OSError, ValueError, TypeError):
             raise EngineError(
                 f"{engine} ended with code {code} and without an answer for {request.folder}:\n{_tail(said)}",
-                "read the last lines above; `make engines` mends a damaged environment",
+                "read the last lines above; where the environment itself is damaged, delete it and run `make engines`",
             ) from None
 
 
