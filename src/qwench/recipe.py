@@ -100,16 +100,71 @@ def layer_range(text: str) -> tuple[int, int | None]:
     return low, high
 
 
+class GptqSettings(Strict):
+    """Attributes:
+    order: activation order: `dynamic` (desc_act: groups follow the order, a g_idx is stored), `static` (groups stay where they are), `none`.
+    damping: added to the second moment's diagonal, as a share of its mean.
+    least_tokens: a weight that fewer tokens reached is rounded with searched scales instead, and reported.
+    """
+
+    order: Literal["dynamic", "static", "none"] = "static"
+    damping: float = Field(0.01, gt=0, le=1)
+    least_tokens: int = Field(128, ge=1)
+
+
+class AutoRoundSettings(Strict):
+    """Attributes:
+    iterations: steps of signed gradient descent for each layer.
+    batch: rows in a step.
+    """
+
+    iterations: int = Field(200, ge=1)
+    batch: int = Field(8, ge=1)
+
+
 class Quantize(Strict):
     """Choose numbers for weights. Later rules win over earlier ones.
 
     Attributes:
-        method: `rtn`: round to nearest, no data.
+        method: `rtn`: round to nearest, no data. `gptq`: column by column with error feedback. `autoround`: rounding and ranges tuned by signed
+            gradient descent. The last two read calibration rows.
         rules: what becomes what; everything that no rule names is copied bit for bit.
+        gptq, autoround: settings of the method.
     """
 
-    method: Literal["rtn"] = "rtn"
+    method: Literal["rtn", "gptq", "autoround"] = "rtn"
     rules: tuple[Rule, ...] = Field(min_length=1)
+    gptq: GptqSettings = GptqSettings()
+    autoround: AutoRoundSettings = AutoRoundSettings()
+
+
+class Smooth(Strict):
+    """AWQ: move per-channel scales from the input of weights into what produces it, before they are rounded.
+
+    Attributes:
+        folds: where scales may move: `norm.post` (into gate and up; in a mixture of experts into every reader of that norm), `norm.input` (into q/k/v, or the
+            Gated DeltaNet's input projections), `mlp.up`, `expert.up`, `shared.up` (into the down projection).
+        layers: see Rule.
+        grid: points of the search.
+        duo: divide by the weights' own magnitudes too.
+        clip: search a smaller range for each group afterwards.
+    """
+
+    folds: tuple[Literal["norm.post", "norm.input", "mlp.up", "expert.up", "shared.up"], ...] = ("norm.post",)
+    layers: str = "all"
+    grid: int = Field(20, ge=2, le=200)
+    duo: bool = False
+    clip: bool = False
+
+
+class Correct(Strict):
+    """EoRA: a low-rank correction beside every quantized weight.
+
+    Attributes:
+        rank: of each correction; engines serve 8, 16, 32, 64, 128, 256.
+    """
+
+    rank: Literal[8, 16, 32, 64, 128, 256] = 64
 
 
 class Export(Strict):
@@ -161,7 +216,9 @@ def byte_size(text: str) -> int:
 class Step(Strict):
     """One entry of `steps`: exactly one of its keys."""
 
+    smooth: Smooth | None = None
     quantize: Quantize | None = None
+    correct: Correct | None = None
     export: Export | None = None
 
     @model_validator(mode="after")
@@ -190,9 +247,32 @@ class Recipe(Strict):
             raise ValueError("a recipe ends with exactly one export step")
         return self
 
+    @model_validator(mode="after")
+    def _in_order(self) -> Recipe:
+        kinds = [next(name for name in type(s).model_fields if getattr(s, name)) for s in self.steps]
+        order = list(Step.model_fields)
+        if kinds != sorted(kinds, key=order.index) or any(kinds.count(kind) > 1 for kind in kinds):
+            raise ValueError(f"steps come once each and in this order: {', '.join(order)}")
+        if "quantize" not in kinds and len(kinds) > 1:
+            raise ValueError("smooth and correct need a quantize step between them")
+        return self
+
+    @property
+    def smooth(self) -> Smooth | None:
+        return next((s.smooth for s in self.steps if s.smooth), None)
+
     @property
     def quantize(self) -> Quantize | None:
         return next((s.quantize for s in self.steps if s.quantize), None)
+
+    @property
+    def correct(self) -> Correct | None:
+        return next((s.correct for s in self.steps if s.correct), None)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it reads calibration rows."""
+        return bool(self.smooth or self.correct or (self.quantize and self.quantize.method != "rtn"))
 
     @property
     def export(self) -> Export:
@@ -263,7 +343,18 @@ def _explain(error: ValidationError) -> list[str]:
 
 
 def _all_keys() -> list[str]:
-    models: list[type[BaseModel]] = [Recipe, Step, Quantize, Export, Rule, SchemeSpec]
+    models: list[type[BaseModel]] = [
+        Recipe,
+        Step,
+        Smooth,
+        Quantize,
+        Correct,
+        Export,
+        Rule,
+        SchemeSpec,
+        GptqSettings,
+        AutoRoundSettings,
+    ]
     return sorted({name for model in models for name in model.model_fields})
 
 
