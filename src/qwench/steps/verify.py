@@ -43,7 +43,7 @@ TOLERANCES: dict[tuple[str, bool], float] = {
     ("float32", False): 2e-4,
     ("float32", True): 1e-3,
     ("bfloat16", False): 1e-3,
-    ("bfloat16", True): 1e-2,
+    ("bfloat16", True): 5e-3,
 }
 """Mean KL in nats that counts as agreement, by what the engine computes in and whether the model has experts; see docs/engines.md for what was measured."""
 
@@ -148,7 +148,7 @@ def row_divergence(
     ours = ours_TV.double() if tokens_TK is None else ours_TV.double().gather(1, torch.from_numpy(tokens_TK))
     kl = (ours.exp() * (ours - theirs)).sum(-1)
     if tokens_TK is not None and tokens_TK.shape[1] < ours_TV.shape[1]:
-        our_rest, their_rest = ((1 - side.exp().sum(-1)).clamp_min(1e-12) for side in (ours, theirs))
+        our_rest, their_rest = ((1 - side.exp().sum(-1)).clamp_min(1e-7) for side in (ours, theirs))
         kl = kl + our_rest * (our_rest / their_rest).log()
     return kl.numpy(), float((ours - theirs).abs().max())
 
