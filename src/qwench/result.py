@@ -71,6 +71,23 @@ class RunFacts(Record):
     resumed_tensors: int = 0
 
 
+class CalibrationFacts(Record):
+    """What a calibrated run read and what its methods said.
+
+    Attributes:
+        lost_rows: rows that were left out because their hidden states were not finite: (layer, row).
+        reports: what each method said of each set of weights, by its name; fallbacks are among them.
+    """
+
+    text: str
+    text_sha256: str
+    ids_sha256: str
+    rows: int
+    length: int
+    lost_rows: list[tuple[int, int]] = Field(default_factory=list)
+    reports: dict[str, str] = Field(default_factory=dict)
+
+
 class Estimate(Record):
     """A mean over documents with its standard error."""
 
@@ -165,6 +182,7 @@ class Result(Record):
     precision: list[PrecisionRow]
     errors: list[TensorError]
     run: RunFacts
+    calibration: CalibrationFacts | None = None
     evaluation: Evaluation | None = None
     verifications: list[Verification] = Field(default_factory=list)
 

@@ -20,10 +20,16 @@ from qwench.checkpoint.writer import CheckpointWriter
 from qwench.display import Report, peak_rss
 from qwench.models import map_of, sketch
 from qwench.recipe import Recipe
-from qwench.result import FILE_NAME, Evaluation, Result, RunFacts, Verification, read_result, write_result
+from qwench.result import FILE_NAME, CalibrationFacts, Evaluation, Result, RunFacts, Verification, read_result, write_result
 from qwench.steps.plan import Job, Plan, make_plan
-from qwench.steps.quantize import do_jobs
-from qwench.steps.record import first_record
+from qwench.steps.calibrate import calibrate, rows_for, split_jobs
+from qwench.steps.quantize import do_jobs, errors_of
+from qwench.steps.record import calibration_facts, first_record
+from qwench.stream.rows import Rows
+
+
+WALK_COPIES = 4
+"""Hidden states that may lie on the disk at once: two streams, before and after a layer."""
 
 
 def shapes_of(model: str) -> TensorSource:
@@ -53,21 +59,40 @@ def run_recipe(recipe: Recipe, model: str, out: Path, threads: int, report: Repo
     located = locate(model)
     source = Checkpoint.open(located.path)
     plan = make_plan(recipe, source, map_of(source))
-    others = sum(path.stat().st_size for path in sidecars_of(located.path).values())
-    with CheckpointWriter(out, plan.files, plan.fingerprint + source.stamp(), others) as writer:
+    rows = rows_for(recipe, located.path) if recipe.calibrated else None
+    fingerprint = plan.fingerprint + source.stamp() + (rows.ids_sha256 if rows else "")
+    with CheckpointWriter(out, plan.files, fingerprint, _other_bytes(plan, located, rows)) as writer:
         for note in (*source.notes, *writer.notes):
             report.note(note)
         resumed = len(writer.done)
-        errors = do_jobs(plan.jobs, source, writer, _counter(plan, report))
+        calibration = _do(plan, source, writer, rows, report)
         facts = RunFacts(
             seconds=time.monotonic() - started,
             peak_rss=peak_rss(),
             threads=torch.get_num_threads(),
             resumed_tensors=resumed,
         )
-        result = first_record(plan, located, errors, facts)
+        result = first_record(plan, located, errors_of(writer), facts, calibration)
         writer.commit(_sidecars(plan, located, result))
     return result
+
+
+def _do(plan: Plan, source: Checkpoint, writer: CheckpointWriter, rows: Rows | None, report: Report) -> CalibrationFacts | None:
+    """Everything that the plan asks for; decoder layers by a walk where the recipe reads rows."""
+    if rows is None:
+        do_jobs(plan.jobs, source, writer, _counter(plan, report))
+        return None
+    outside, _ = split_jobs(plan)
+    found = calibrate(plan, source, writer, rows, report)
+    do_jobs(outside, source, writer, _counter(plan, report))
+    return calibration_facts(rows, found)
+
+
+def _other_bytes(plan: Plan, located: Located, rows: Rows | None) -> int:
+    """Bytes that go to the output's disk besides tensors: the other files, and a walk's hidden states while it runs."""
+    sidecars = sum(path.stat().st_size for path in sidecars_of(located.path).values())
+    width = plan.map.other("embed").shape[1]
+    return sidecars + (0 if rows is None else WALK_COPIES * rows.ids.numel() * width * 2)
 
 
 def _counter(plan: Plan, report: Report) -> Callable[[Job], None]:

@@ -5,6 +5,7 @@
         lock                  held by the running process
         journal.jsonl         what is written
         files/                becomes releases/mine
+        walk/                 hidden states between two layers, where the run needs data
 
 The lock is the kernel's (`flock`): it ends with the process that holds it, however that ends, so none can be stale. The process id in it is for people.
 """
@@ -21,7 +22,7 @@ from pathlib import Path
 
 from qwench.errors import OutputError
 
-OURS = {"lock", "journal.jsonl", "journal.jsonl.new", "files"}
+OURS = {"lock", "journal.jsonl", "journal.jsonl.new", "files", "walk"}
 
 
 def staging_of(out: Path) -> Path:
@@ -88,6 +89,7 @@ class Staging:
         folder: `.NAME.partial`.
         files: the folder in it that becomes the release.
         journal: path of the journal.
+        walk: a folder for what a run must remember besides, made by whoever needs it; it goes when the release is published or cleared.
 
     Raises:
         OutputError: another run holds it, or something in it is not ours.
@@ -96,7 +98,7 @@ class Staging:
     def __init__(self, out: Path) -> None:
         self.out = out.resolve()
         self.folder = staging_of(out)
-        self.files, self.journal = self.folder / "files", self.folder / "journal.jsonl"
+        self.files, self.journal, self.walk = self.folder / "files", self.folder / "journal.jsonl", self.folder / "walk"
         with output_errors(self.folder):
             self._lock = self._take()
         foreign = sorted(p.name for p in self.folder.iterdir() if p.name not in OURS)
@@ -112,6 +114,7 @@ class Staging:
             if self.files.is_dir():
                 shutil.rmtree(self.files)
             self.journal.unlink(missing_ok=True)
+            shutil.rmtree(self.walk, ignore_errors=True)
 
     def publish(self) -> None:
         """Give the finished folder its name, in one move. Raises OutputError where something took the name meanwhile."""
@@ -119,6 +122,7 @@ class Staging:
             sync_folder(self.files)
             self.files.rename(self.out)
             sync_folder(self.out.parent)
+        shutil.rmtree(self.walk, ignore_errors=True)
 
     def release(self) -> None:
         """Let go of the lock; remove the folder where nothing in it is worth keeping."""

@@ -82,6 +82,11 @@ class CheckpointWriter:
         """Files of which every tensor is written."""
         return {name for name, count in self._pending.items() if count == 0}
 
+    @property
+    def scratch(self) -> Path:
+        """A folder beside the unfinished files for what a run must remember besides; it is kept with them, and goes with the commit."""
+        return self._staging.walk
+
     def __enter__(self) -> CheckpointWriter:
         check_output(self.out, sum(layout.nbytes for layout in self.files) + self.others)
         with ExitStack() as stack:

@@ -23,11 +23,15 @@ from qwench.errors import CheckpointError
 from qwench.formats import compressed_tensors
 from qwench.methods.rtn import round_fused
 from qwench.models.map import Slot
+from qwench.numerics import Quantized, Scheme
 from qwench.result import TensorError
 from qwench.steps.plan import Job, WeightSet
 
 Done = Callable[[Job], None]
 """Called after each job, from the thread that did it."""
+
+ERROR = "error "
+"""What the keys of remarks about round-trip errors begin with."""
 
 MEND = "the file is damaged or its training diverged: get a sound copy"
 EXPONENT: dict[str, tuple[type[np.unsignedinteger[Any]], int]] = {
@@ -38,8 +42,8 @@ EXPONENT: dict[str, tuple[type[np.unsignedinteger[Any]], int]] = {
 """Of each stored dtype, the integer with its bits and the exponent that only infinities and NaN have."""
 
 
-def do_jobs(jobs: Sequence[Job], source: Checkpoint, writer: CheckpointWriter, done: Done) -> list[TensorError]:
-    """Do every job that an earlier run left. Returns the round-trip errors of all quantized weights, those of the earlier run included.
+def do_jobs(jobs: Sequence[Job], source: Checkpoint, writer: CheckpointWriter, done: Done) -> None:
+    """Do every job that an earlier run left.
 
     Raises:
         CheckpointError: a weight holds NaN or infinity, or a file changed under us.
@@ -69,7 +73,6 @@ def do_jobs(jobs: Sequence[Job], source: Checkpoint, writer: CheckpointWriter, d
             stop.set()
         for future in futures:
             future.result()
-    return [TensorError.model_validate(data) for data in writer.remarks.values()]
 
 
 def do_job(job: Job, source: Checkpoint, writer: CheckpointWriter) -> None:
@@ -95,20 +98,30 @@ def quantize_set(weights: WeightSet, source: Checkpoint, writer: CheckpointWrite
     """Read, round, pack and write the weights of one set."""
     read = [read_weight(slot, source) for slot in weights.slots]
     for slot, quantized in zip(weights.slots, round_fused(read, weights.scheme, read[0].dtype), strict=True):
-        error = quantized.error
-        assert error is not None
-        remark = TensorError(
-            module=slot.module,
-            role=slot.role,
-            layer=slot.layer,
-            scheme=weights.scheme.label,
-            mean_abs=error.mean_abs,
-            max_abs=error.max_abs,
-            relative_rms=error.relative_rms,
-        )
-        writer.remark(slot.module, remark.model_dump())
-        for name, tensor in compressed_tensors.pack(slot.module, quantized).items():
-            writer.write(name, tensor)
+        write_quantized(slot, weights.scheme, quantized, writer)
+
+
+def write_quantized(slot: Slot, scheme: Scheme, quantized: Quantized, writer: CheckpointWriter) -> None:
+    """Pack and write one quantized weight, its round-trip error first."""
+    error = quantized.error
+    assert error is not None
+    remark = TensorError(
+        module=slot.module,
+        role=slot.role,
+        layer=slot.layer,
+        scheme=scheme.label,
+        mean_abs=error.mean_abs,
+        max_abs=error.max_abs,
+        relative_rms=error.relative_rms,
+    )
+    writer.remark(ERROR + slot.module, remark.model_dump())
+    for name, tensor in compressed_tensors.pack(slot.module, quantized).items():
+        writer.write(name, tensor)
+
+
+def errors_of(writer: CheckpointWriter) -> list[TensorError]:
+    """The round-trip errors of all quantized weights, those of an earlier run included."""
+    return [TensorError.model_validate(data) for key, data in writer.remarks.items() if key.startswith(ERROR)]
 
 
 def read_weight(slot: Slot, source: Checkpoint) -> Tensor:

@@ -13,12 +13,16 @@ from qwench.checkpoint.hub import Located
 from qwench.checkpoint.source import TensorSource
 from qwench.models.map import ModelMap
 from qwench.recipe import recipe_data
-from qwench.result import FileFact, Result, RunFacts, SourceFacts, TensorError
+from qwench.result import CalibrationFacts, FileFact, Result, RunFacts, SourceFacts, TensorError
+from qwench.steps.calibrate import Calibrated
 from qwench.steps.plan import Plan
 from qwench.steps.tally import precision_rows
+from qwench.stream.rows import Rows
 
 
-def first_record(plan: Plan, located: Located, errors: Sequence[TensorError], facts: RunFacts) -> Result:
+def first_record(
+    plan: Plan, located: Located, errors: Sequence[TensorError], facts: RunFacts, calibration: CalibrationFacts | None
+) -> Result:
     """The record of a finished run."""
     return Result(
         recipe=recipe_data(plan.recipe),
@@ -27,6 +31,21 @@ def first_record(plan: Plan, located: Located, errors: Sequence[TensorError], fa
         precision=precision_rows(plan),
         errors=sorted(errors, key=lambda e: (e.layer is None, e.layer or 0, e.module)),
         run=facts,
+        calibration=calibration,
+    )
+
+
+def calibration_facts(rows: Rows, found: Calibrated) -> CalibrationFacts:
+    """What a walk read and found, for the record."""
+    count, length = rows.ids.shape
+    return CalibrationFacts(
+        text=rows.text,
+        text_sha256=rows.text_sha256,
+        ids_sha256=rows.ids_sha256,
+        rows=count,
+        length=length,
+        lost_rows=found.lost_rows,
+        reports=found.reports,
     )
 
 

@@ -1,0 +1,125 @@
+"""Calibrated recipes: the jobs of decoder layers are done by one walk over the rows, everything else as in an uncalibrated run.
+
+The plan is the same, names, shapes and files: only where the numbers come from differs. A layer that the walk has finished is put down tensor by tensor; a weight that
+smoothing changed without quantizing it is written in its stored dtype; what nothing touched is copied bit for bit.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from qwench.checkpoint.reader import Checkpoint
+from qwench.checkpoint.source import TORCH_DTYPE
+from qwench.checkpoint.writer import CheckpointWriter
+from qwench.models.map import Slot
+from qwench.recipe import Recipe
+from qwench.steps.changes import Rounding, Smoothing
+from qwench.steps.plan import Job, Plan
+from qwench.steps.quantize import finite_chunks, write_quantized
+from qwench.stream.hidden import HiddenFiles
+from qwench.stream.live import LiveBlock
+from qwench.stream.rows import Rows, carried_text, rows_from_text
+from qwench.stream.walk import Change, Tell, Walk, walk
+
+
+@dataclass
+class Calibrated:
+    """What a walk found out.
+
+    Attributes:
+        reports: what each method said of each set, by its name.
+        lost_rows: rows that turned non-finite: (layer, row).
+    """
+
+    reports: dict[str, str] = field(default_factory=dict)
+    lost_rows: list[tuple[int, int]] = field(default_factory=list)
+
+
+def rows_for(recipe: Recipe, folder: Path) -> Rows:
+    """The calibration rows of a recipe, in the tokens of the checkpoint in `folder`. Raises TextError."""
+    return rows_from_text(carried_text("calibration.jsonl"), folder, 16, 512)
+
+
+def split_jobs(plan: Plan) -> tuple[list[Job], dict[int, list[Job]]]:
+    """Jobs outside of the trunk's decoder layers, and those of each layer."""
+    layer_of = {slot.tensor: block.index for block in plan.map.blocks for slot in block.slots}
+    outside: list[Job] = []
+    layers: dict[int, list[Job]] = defaultdict(list)
+    for job in plan.jobs:
+        tensor = job.copied.name if job.copied else job.quantized.slots[0].tensor if job.quantized else ""
+        (layers[layer_of[tensor]] if tensor in layer_of else outside).append(job)
+    return outside, dict(layers)
+
+
+def changes_of(recipe: Recipe, plan: Plan) -> list[Change]:
+    """The recipe's calibrated steps, in order."""
+    changes: list[Change] = []
+    if recipe.smooth:
+        changes.append(Smoothing(recipe.smooth, plan.schemes, plan.source))
+    if recipe.quantize:
+        changes.append(Rounding(recipe.quantize, recipe.correct, plan.schemes))
+    return changes
+
+
+def calibrate(plan: Plan, source: Checkpoint, writer: CheckpointWriter, rows: Rows, tell: Tell, batch: int = 4) -> Calibrated:
+    """Walk the rows through the network and write its decoder layers.
+
+    Raises:
+        CheckpointError: from the source; or the hidden states of more than a tenth of the rows are not finite.
+        OutputError: from the disk.
+    """
+    _, layers = split_jobs(plan)
+    width = plan.map.other("embed").shape[1]
+    files = HiddenFiles(writer.scratch, (*rows.ids.shape, width), torch.bfloat16)
+    settings = Walk(changes_of(plan.recipe, plan), batch=batch)
+    _forget_what_is_not_proved(files, settings, layers, writer)
+
+    def emit(live: LiveBlock) -> None:
+        for job in layers[live.block.index]:
+            write_job(job, live, source, writer)
+
+    walk(settings, source, plan.map, rows.ids, files, emit, tell)
+    reports = {key: text for change in settings.changes for key, text in getattr(change, "reports", {}).items()}
+    for key, text in reports.items():
+        writer.remark(f"report {key}", {"says": text})
+    said = {key.removeprefix("report "): str(data["says"]) for key, data in writer.remarks.items() if key.startswith("report ")}
+    return Calibrated(said, settings.lost)
+
+
+def _forget_what_is_not_proved(
+    files: HiddenFiles, settings: Walk, layers: Mapping[int, Sequence[Job]], writer: CheckpointWriter
+) -> None:
+    """A walk goes on only where every layer before it is whole on the disk; otherwise it starts again."""
+    latest = files.latest(settings.streams)
+    if latest is None:
+        return
+    before = [o.name for index in range(latest) for job in layers.get(index, ()) for o in job.outputs]
+    if not all(name in writer.done for name in before):
+        shutil.rmtree(files.folder)
+        files.folder.mkdir()
+
+
+def write_job(job: Job, live: LiveBlock, source: Checkpoint, writer: CheckpointWriter) -> None:
+    """Put down one job's tensors from a finished layer."""
+    if job.quantized:
+        for slot in job.quantized.slots:
+            write_quantized(slot, job.quantized.scheme, live.quantized[slot.module], writer)
+    elif job.copied:
+        slots = [s for s in live.block.slots if s.tensor == job.copied.name]
+        if any(s.module in live.altered for s in slots):
+            writer.write(job.copied.name, stored_form(live, slots).to(TORCH_DTYPE[job.copied.dtype]))
+        else:
+            writer.put(job.copied.name, finite_chunks(source, job.copied))
+
+
+def stored_form(live: LiveBlock, slots: Sequence[Slot]) -> torch.Tensor:
+    """The weights of one stored tensor as the layer has them now: a whole parameter, one expert's matrix, or all experts fused."""
+    if slots[0].part:
+        return live.weights[live.parameter(slots[0])[0]]
+    return live.weight(slots[0])

@@ -1,0 +1,9 @@
+"""The calibrated steps as changes of a walk: what a step of a recipe does to one layer in memory.
+
+Each is handed the layer and the rows before it (`stream.walk.Change`), calls a method that knows nothing of either, and puts down what it found.
+"""
+
+from qwench.steps.changes.rounding import Rounding
+from qwench.steps.changes.smoothing import Smoothing
+
+__all__ = ["Rounding", "Smoothing"]

@@ -1,0 +1,116 @@
+"""Rounding in a walk, to nearest or by GPTQ, with EoRA beside it: sets that engines fuse at a time, from the second moment of what they read.
+
+A layer is taken in stages, in the order in which its weights are used: what comes later is observed on what the rounding before it puts out, as it will be in
+the release.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from qwench.methods.gptq import GptqOptions, gptq
+from qwench.methods.rtn import round_fused
+from qwench.models.map import Block, Slot
+from qwench.numerics import Quantized, Scheme
+from qwench.recipe import Correct, Quantize
+from qwench.steps.plan import WeightSet, weight_sets
+from qwench.stream.live import LiveBlock
+from qwench.stream.observe import Moment, observe
+from qwench.stream.walk import Rows
+
+STAGES = (
+    ("attention", "delta"),
+    ("attention.o", "delta.out"),
+    ("mlp", "experts."),
+    ("mlp.down", "shared.down", "experts.down"),
+)
+"""Names of input sets (see `models.map.Block.inputs`) by when their modules run."""
+
+
+@dataclass
+class Rounding:
+    """Attributes:
+    settings: the recipe's step.
+    correct: the recipe's correction, or None.
+    schemes: module -> scheme of every weight that is quantized.
+    reports: what became of each set, by its name.
+    """
+
+    settings: Quantize
+    correct: Correct | None
+    schemes: Mapping[str, Scheme]
+    reports: dict[str, str] = field(default_factory=dict)
+    needs_original = False
+
+    @property
+    def name(self) -> str:
+        return self.settings.method + (" + eora" if self.correct else "")
+
+    def __call__(self, live: LiveBlock, rows: Rows) -> None:
+        sets = list(weight_sets(live.block, dict(self.schemes)))
+        for names in stages(live.block):
+            here = [(found, name) for found in sets if (name := input_of(live.block, found.slots[0])) in names]
+            if not here:
+                continue
+            needed = {name for _, name in here}
+            moments = observe(live, rows.batches(), needed) if self._reads_rows else {}
+            for weights, name in here:
+                self._round(live, weights, moments.get(name))
+
+    @property
+    def _reads_rows(self) -> bool:
+        return self.settings.method == "gptq" or self.correct is not None
+
+    def _round(self, live: LiveBlock, weights: WeightSet, moment: Moment | None) -> None:
+        values = [live.weight(slot) for slot in weights.slots]
+        rounded = self._codes(weights, values, moment)
+        for slot, value, quantized in zip(weights.slots, values, rounded, strict=True):
+            if self.correct and moment is not None:
+                self._correct(slot, value, quantized, moment)
+            live.store(slot, quantized)
+
+    def _codes(self, weights: WeightSet, values: list[Tensor], moment: Moment | None) -> list[Quantized]:
+        if self.settings.method != "gptq":
+            return round_fused(values, weights.scheme)
+        assert moment is not None and moment.second is not None
+        options = GptqOptions(damping=self.settings.gptq.damping, order=self.settings.gptq.order)
+        rounded, report = gptq(
+            values, moment.second, moment.count, weights.scheme, options, enough=self.settings.gptq.least_tokens
+        )
+        if report.fallback:
+            self.reports[weights.name] = f"rounded to nearest: {report.fallback}"
+        elif report.relative is not None:
+            self.reports[weights.name] = (
+                f"loss {report.relative:.3f} of rounding, damping {report.damping:g}, {report.dead} dead columns"
+            )
+        return rounded
+
+    def _correct(self, slot: Slot, value: Tensor, quantized: Quantized, moment: Moment) -> None:
+        from qwench.methods.eora import eora
+
+        assert self.correct is not None and moment.second is not None
+        found = eora(value - quantized.dequantize(), moment.second, moment.count, self.correct.rank)
+        quantized.low_rank = found.low_rank
+        self.reports[f"{slot.module} eora"] = found.says
+
+
+def input_of(block: Block, slot: Slot) -> str:
+    """The input set that a weight reads."""
+    return next(name for name, slots in block.inputs.items() if slot in slots)
+
+
+def stages(block: Block) -> Iterator[set[str]]:
+    """Input sets whose modules run at the same time, in the order in which they run."""
+    for kinds in STAGES:
+        yield {name for name in block.inputs if _kind(name) in kinds}
+
+
+def _kind(name: str) -> str:
+    """`experts.7` -> `experts.`, `experts.7.down` -> `experts.down`; others as they are."""
+    parts = name.split(".")
+    if parts[0] == "experts":
+        return "experts.down" if len(parts) == 3 else "experts."
+    return name
