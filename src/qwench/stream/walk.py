@@ -37,10 +37,13 @@ class Change(Protocol):
         needs_original: whether it compares against the original network's hidden states.
     """
 
-    name: str
-    needs_original: bool
+    @property
+    def name(self) -> str: ...
 
-    def __call__(self, live: LiveBlock, inputs: Rows) -> None: ...
+    @property
+    def needs_original(self) -> bool: ...
+
+    def __call__(self, live: LiveBlock, rows: Rows, /) -> None: ...
 
 
 @dataclass

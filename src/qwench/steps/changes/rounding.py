@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from qwench.methods.eora import eora
 from qwench.methods.gptq import GptqOptions, gptq
 from qwench.methods.rtn import round_fused
 from qwench.models.map import Block, Slot
@@ -69,7 +70,7 @@ class Rounding:
         rounded = self._codes(weights, values, moment)
         for slot, value, quantized in zip(weights.slots, values, rounded, strict=True):
             if self.correct and moment is not None:
-                self._correct(slot, value, quantized, moment)
+                quantized = self._correct(slot, value, quantized, moment)
             live.store(slot, quantized)
 
     def _codes(self, weights: WeightSet, values: list[Tensor], moment: Moment | None) -> list[Quantized]:
@@ -88,13 +89,12 @@ class Rounding:
             )
         return rounded
 
-    def _correct(self, slot: Slot, value: Tensor, quantized: Quantized, moment: Moment) -> None:
-        from qwench.methods.eora import eora
-
+    def _correct(self, slot: Slot, value: Tensor, quantized: Quantized, moment: Moment) -> Quantized:
         assert self.correct is not None and moment.second is not None
-        found = eora(value - quantized.dequantize(), moment.second, moment.count, self.correct.rank)
-        quantized.low_rank = found.low_rank
-        self.reports[f"{slot.module} eora"] = found.says
+        corrected, report = eora(value, quantized, moment.second, moment.count, self.correct.rank)
+        said = f"rank {report.rank}: {report.relative:.3f} of the output error is left"
+        self.reports[f"{slot.module} eora"] = said + (f" ({report.fallback})" if report.fallback else "")
+        return corrected
 
 
 def input_of(block: Block, slot: Slot) -> str:
