@@ -8,7 +8,7 @@ import pytest
 
 from qwench.errors import RecipeError
 from qwench.numerics.scheme import Scheme
-from qwench.recipe import bundled, byte_size, layer_range, load_recipe, parse_recipe
+from qwench.recipe import Calibration, bundled, byte_size, layer_range, load_recipe, parse_recipe, recipe_data
 
 GOOD = """
 name: mine
@@ -87,3 +87,43 @@ def test_layer_ranges() -> None:
 def test_byte_sizes() -> None:
     assert byte_size("5GB") == 5_000_000_000
     assert byte_size("1.5MiB") == 1_572_864
+
+
+CALIBRATED = """
+name: mine
+calibration: {text: org/name@abc, samples: 3, length: 17, thinking: off}
+steps:
+  - quantize: {method: gptq, rules: [{roles: [mlp.*], scheme: int4}]}
+  - export: {}
+"""
+
+
+def test_calibration_is_read_and_a_bare_off_is_no_boolean() -> None:
+    calibration = parse_recipe(CALIBRATED, "here").calibration
+    assert calibration is not None
+    assert (calibration.text, calibration.samples, calibration.length, calibration.thinking) == ("org/name@abc", 3, 17, "off")
+
+
+def test_calibration_has_a_default_where_a_step_reads_rows_and_none_elsewhere() -> None:
+    without = "\n".join(line for line in CALIBRATED.splitlines() if not line.startswith("calibration"))
+    assert parse_recipe(without, "here").calibration == Calibration()
+    assert parse_recipe(GOOD, "here").calibration is None
+    assert recipe_data(parse_recipe(without, "here"))["calibration"]["samples"] == 128
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("samples: 3", "sampels: 3", "did you mean 'samples'"),
+        ("samples: 3", "samples: 0", "calibration.samples"),
+        ("length: 17", "length: 1", "calibration.length"),
+        ("thinking: off", "thinking: on", "'filled' or 'off'"),
+        ("method: gptq", "method: rtn", "no step reads it"),
+        ("{text: org/name@abc, samples: 3, length: 17, thinking: off}", "null", "leave calibration out"),
+    ],
+)
+def test_mistakes_in_calibration_are_named(old: str, new: str, expected: str) -> None:
+    assert old in CALIBRATED
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(CALIBRATED.replace(old, new), "here")
+    assert expected in str(caught.value)

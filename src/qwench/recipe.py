@@ -167,6 +167,40 @@ class Correct(Strict):
     rank: Literal[8, 16, 32, 64, 128, 256] = 64
 
 
+class Calibration(Strict):
+    """The rows of tokens that calibrated steps read; `qwench.stream.calibration.calibration_rows` takes these fields as they are.
+
+    Attributes:
+        text: `carried`: what the package carries. A .txt, .jsonl, .json or .parquet file, or a folder of them. A data set on the Hugging Face hub:
+            `org/name`, `org/name/config`, either with `@revision`; `wikitext` and `pile-10k` for short. Hub and Parquet need the extra `data`.
+        samples: rows.
+        length: tokens in each.
+        seed: of the shuffle of documents.
+        packed: documents joined by the end-of-text token and cut; otherwise one row for each document that is long enough.
+        column: which column holds text or messages; found by itself where there is no doubt.
+        split: of a data set.
+        revision: branch, tag or commit of a hub data set, if `text` has no `@revision`.
+        thinking: reasoning in conversations: `filled`: as the data has it; `off`: taken out, and the template told so.
+        images: records with images are left out (`skip`), or their text is taken without them (`text`). Both are counted.
+    """
+
+    text: str = Field("carried", min_length=1)
+    samples: int = Field(128, ge=1)
+    length: int = Field(512, ge=2)
+    seed: int = 0
+    packed: bool = True
+    column: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    thinking: Literal["filled", "off"] = "filled"
+    images: Literal["skip", "text"] = "skip"
+
+    @field_validator("thinking", mode="before")
+    @classmethod
+    def _off(cls, value: object) -> object:
+        return "off" if value is False else value  # YAML reads a bare `off` as false
+
+
 class Export(Strict):
     """How the result is laid out on disk.
 
@@ -228,6 +262,15 @@ class Step(Strict):
         return self
 
 
+def reads_rows(step: Step) -> bool:
+    """Whether a step reads calibration rows."""
+    return bool(step.smooth or step.correct or (step.quantize and step.quantize.method != "rtn"))
+
+
+def _default_calibration(steps: tuple[Step, ...]) -> Calibration | None:
+    return Calibration() if any(reads_rows(step) for step in steps) else None
+
+
 class Recipe(Strict):
     """A release, described.
 
@@ -235,11 +278,13 @@ class Recipe(Strict):
         name: its short name; release folders and cards use it.
         about: one line for lists.
         steps: what is done, in order; `export` comes last, once.
+        calibration: the rows that its steps read; None where none of them reads any.
     """
 
     name: str
     about: str = ""
     steps: tuple[Step, ...] = Field(min_length=1)
+    calibration: Calibration | None = Field(default_factory=lambda data: _default_calibration(data.get("steps", ())))
 
     @model_validator(mode="after")
     def _export_last(self) -> Recipe:
@@ -257,6 +302,14 @@ class Recipe(Strict):
             raise ValueError("smooth and correct need a quantize step between them")
         return self
 
+    @model_validator(mode="after")
+    def _rows_are_read(self) -> Recipe:
+        if self.calibration and not self.calibrated:
+            raise ValueError("calibration is given, and no step reads it: take it out, or name a method other than rtn")
+        if self.calibrated and not self.calibration:
+            raise ValueError("a step reads calibration rows: leave calibration out for the default, or describe it")
+        return self
+
     @property
     def smooth(self) -> Smooth | None:
         return next((s.smooth for s in self.steps if s.smooth), None)
@@ -272,7 +325,7 @@ class Recipe(Strict):
     @property
     def calibrated(self) -> bool:
         """Whether it reads calibration rows."""
-        return bool(self.smooth or self.correct or (self.quantize and self.quantize.method != "rtn"))
+        return any(reads_rows(step) for step in self.steps)
 
     @property
     def export(self) -> Export:
@@ -349,6 +402,7 @@ def _all_keys() -> list[str]:
         Smooth,
         Quantize,
         Correct,
+        Calibration,
         Export,
         Rule,
         SchemeSpec,
