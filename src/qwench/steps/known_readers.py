@@ -5,7 +5,7 @@ transformers (5.23; `integrations/compressed_tensors.py`) decodes the experts of
 - NVFP4 experts come out without their global scale, too large by a factor of thousands;
 - experts in asymmetric integers come out without their zero points.
 
-Both load without a complaint. And where a compressed-tensors file has experts that are not quantized and stored one by one, it leaves their fused parameters at random
+NVFP4 loads without a complaint; with compressed-tensors 0.20, asymmetric integers are refused aloud (dense ones too: it expects their zero points unpacked). And where a compressed-tensors file has experts that are not quantized and stored one by one, it leaves their fused parameters at random
 values, with only a line in its loading report. The same tensors outside of experts are read rightly, and so are experts in symmetric integers.
 """
 
@@ -30,7 +30,7 @@ def wrong_reader(engine: str, checkpoint: Checkpoint, uninitialized: Iterable[st
     parts = {match[1] for name in checkpoint.tensors if (match := EXPERT.match(name))}
     for part, what in DROPPED.items():
         if part in parts:
-            return f"numerics not proved: transformers drops {what} when it loads them, and says nothing. Do not use it for this release."
+            return f"numerics not proved: transformers drops {what} when it loads them. Do not use it for this release."
     if "weight" in parts and any(".experts." in name for name in uninitialized):
         return "numerics not proved: transformers leaves unquantized experts that are stored one by one at random values. Do not use it for this release."
     return None
