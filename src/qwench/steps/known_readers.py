@@ -5,8 +5,9 @@ transformers (5.23; `integrations/compressed_tensors.py`) decodes the experts of
 - NVFP4 experts come out without their global scale, too large by a factor of thousands;
 - experts in asymmetric integers come out without their zero points.
 
-NVFP4 loads without a complaint; with compressed-tensors 0.20, asymmetric integers are refused aloud (dense ones too: it expects their zero points unpacked). And where a compressed-tensors file has experts that are not quantized and stored one by one, it leaves their fused parameters at random
-values, with only a line in its loading report. The same tensors outside of experts are read rightly, and so are experts in symmetric integers.
+NVFP4 loads without a complaint. With compressed-tensors 0.20, asymmetric integers are refused aloud, dense ones too: it expects their zero points unpacked.
+And where a compressed-tensors file has experts that are not quantized and stored one by one, it leaves their fused parameters at random values, with
+only a line in its loading report. NVFP4 outside of experts is read rightly, and so are symmetric integers everywhere.
 """
 
 from __future__ import annotations
