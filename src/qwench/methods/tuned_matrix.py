@@ -1,0 +1,111 @@
+"""One weight whose rounding is tuned by signed gradient descent: what AutoRound (`qwench.methods.autoround`) does to each matrix of a block.
+
+Gradients and codes are worked out by portions of rows, so that the thirty or so temporaries of a rounding are never as large as the matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from qwench.methods.straight_through import Rounded, Tuning, round_tuned, tunable_complaint, untuned
+from qwench.numerics import Quantized, RoundTrip, Scheme, complaint, outer_scale
+
+ELEMENTS = 1 << 22
+"""Weights whose rounding is differentiated at once."""
+
+
+def tuning_complaint(scheme: Scheme, shape: tuple[int, ...]) -> str | None:
+    """Why a weight of this shape cannot be tuned in this scheme, or None."""
+    return tunable_complaint(scheme) or complaint(scheme, shape)
+
+
+class TunedMatrix:
+    """One weight while it is tuned.
+
+    Args:
+        weight: [out, in]; tuned where it is.
+        scheme: one that `tuning_complaint` has nothing against.
+        outer: float32 [1], `nvfp4` only, the divisor of the fused set; None: of this matrix alone.
+        scale_dtype: what `int` scales are stored in.
+
+    Attributes:
+        tuning: offset and factors as they are now; rounding to nearest at first.
+    """
+
+    def __init__(self, weight: Tensor, scheme: Scheme, outer: Tensor | None, scale_dtype: torch.dtype) -> None:
+        assert (wrong := tuning_complaint(scheme, tuple(weight.shape))) is None, wrong
+        self.weight, self.scheme, self.dtype = weight, scheme, scale_dtype
+        self.outer = outer_scale(weight.abs().amax().cpu()) if scheme.kind == "nvfp4" and outer is None else outer
+        self.tuning = untuned(weight, scheme)
+
+    def parts(self) -> Iterator[slice]:
+        """Rows in portions of about `ELEMENTS`."""
+        height = max(1, ELEMENTS // self.weight.shape[1])
+        for top in range(0, len(self.weight), height):
+            yield slice(top, top + height)
+
+    @torch.no_grad()
+    def values(self, dtype: torch.dtype) -> Tensor:
+        """What the codes stand for now, [out, in] in `dtype`: bit for bit that of `quantized`."""
+        result = torch.empty(self.weight.shape, dtype=dtype, device=self.weight.device)
+        for rows in self.parts():
+            result[rows] = self._round(rows, self._part(rows)).values()
+        return result
+
+    @torch.no_grad()
+    def quantized(self) -> Quantized:
+        """Codes and scales now, on the CPU."""
+        made = [
+            self._round(rows, self._part(rows)).quantized(self.weight[rows], self.scheme, self.dtype) for rows in self.parts()
+        ]
+        zeros = [part.zeros for part in made if part.zeros is not None]
+        return Quantized(
+            self.scheme,
+            torch.cat([part.codes for part in made]),
+            _join([part.scales for part in made]),
+            torch.cat(zeros) if zeros else None,
+            outer=made[0].outer,
+        )
+
+    def step(self, gradient: Tensor, rate: float, range_rate: float) -> None:
+        """One step of signed descent, from the loss's gradient with respect to `values`, [out, in]."""
+        for rows in self.parts():
+            part = self._part(rows)
+            leaves = [t.detach().requires_grad_() for t in (part.offset, part.low, part.high)]
+            with torch.enable_grad():
+                values = self._round(rows, Tuning(*leaves)).values()
+            slopes = torch.autograd.grad(values, leaves, gradient[rows].to(torch.float32), allow_unused=True)
+            for parameter, slope, speed, bounds in zip(
+                (part.offset, part.low, part.high),
+                slopes,
+                (rate, range_rate, range_rate),
+                ((-0.5, 0.5), (0, 1), (0, 1)),
+                strict=True,
+            ):
+                if slope is not None:  # NVFP4 has no use for `low`
+                    parameter.sub_(slope.sign_(), alpha=speed).clamp_(*bounds)
+
+    def _part(self, rows: slice) -> Tuning:
+        return Tuning(self.tuning.offset[rows], self.tuning.low[rows], self.tuning.high[rows])
+
+    def _round(self, rows: slice, tuning: Tuning) -> Rounded:
+        return round_tuned(self.weight[rows], self.scheme, tuning, self.outer, self.dtype)
+
+
+def round_trip_of(weight: Tensor, quantized: Quantized) -> RoundTrip:
+    """How far the values of `quantized` lie from a weight [out, in]."""
+    original = weight.detach().to("cpu", torch.float32)
+    error = quantized.dequantize().sub_(original)
+    size = float(original.double().norm())
+    relative = float(error.double().norm()) / size if size > 0 else 0.0
+    return RoundTrip(float(error.abs().mean(dtype=torch.float64)), float(error.abs().max()), relative)
+
+
+def _join(scales: list[Tensor]) -> Tensor:
+    """Scales of consecutive rows; FP8 numbers are joined as bytes, for which every version has a kernel."""
+    if scales[0].dtype is not torch.float8_e4m3fn:
+        return torch.cat(scales)
+    return torch.cat([part.view(torch.uint8) for part in scales]).view(torch.float8_e4m3fn)
