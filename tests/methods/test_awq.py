@@ -86,6 +86,7 @@ def test_outlier_channels_make_it_beat_rounding(scheme: Scheme, duo: bool) -> No
     found = search_scales(readers, seen, module(toys.mlp, weights, roles), SearchOptions(duo=duo), snap)
     assert not found.kept_one
     assert "less)" in found.says
+    assert torch.allclose(found.scales, snap(found.scales), rtol=1e-6)
 
     def error(scales: Tensor) -> float:
         rounded = round_fused([scale_columns(weights[role], scales) for role in roles], scheme)
@@ -95,6 +96,16 @@ def test_outlier_channels_make_it_beat_rounding(scheme: Scheme, duo: bool) -> No
 
     assert error(found.scales) < 0.8 * error(torch.ones(toys.HIDDEN))
     assert found.best_loss < 0.8 * found.loss_at_one
+
+
+@pytest.mark.parametrize("duo", [False, True])
+def test_the_number_of_candidates_is_the_number_of_points(duo: bool) -> None:
+    for points in (2, 3, 7):
+        _, found = mlp_case(SearchOptions(points, duo))
+        assert len(found.losses) == points - 1
+        ratios = [ratio for ratio, _ in found.losses]
+        assert duo or ratios[-1] == 1
+        assert ratios == sorted(set(ratios))
 
 
 def test_the_loss_is_that_of_the_scales_when_applied() -> None:

@@ -98,6 +98,8 @@ def test_ones_touch_nothing(dtype: torch.dtype, zero_centred: bool) -> None:
     one_channel = torch.tensor([1.0, 1.0, 3.0, 1.0, 1.0])
     folded = fold_norm(weight, one_channel, zero_centred).to(dtype)
     assert torch.equal(folded == weight, one_channel == 1)
+    negative_zero = torch.tensor([-0.0, 0.5]).to(dtype)
+    assert bool(torch.signbit(fold_norm(negative_zero, torch.tensor([1.0, 2.0]), zero_centred)[0]))
 
 
 def test_folding_is_exact_in_float32() -> None:

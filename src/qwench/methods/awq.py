@@ -55,7 +55,7 @@ class SearchOptions:
     """How to search.
 
     Attributes:
-        points: candidates in all, s = 1 among them.
+        points: candidates in all, s = 1 among them: at least 2.
         duo: take the size of the weights into account.
         scale_dtype: what `int` scales are stored in.
     """
@@ -155,8 +155,8 @@ def candidates(
     size = pool(mean_size(readers)).to(activity.device) if options.duo else None
     # Without weights a ratio of 0 is the candidate 1 itself.
     steps = options.points - 1
-    assert steps >= 2, options
-    ratios = [i / (steps - 1) for i in range(steps)] if size is not None else [(i + 1) / steps for i in range(steps)]
+    assert steps >= 1, options
+    ratios = [i / max(1, steps - 1) for i in range(steps)] if size is not None else [(i + 1) / steps for i in range(steps)]
     live = activity > 0
     if not bool(live.any()):
         return
