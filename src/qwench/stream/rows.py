@@ -9,7 +9,7 @@ A text is a local file:
 - `.txt`: one long text, cut into consecutive stretches of `length` tokens. Neighbouring stretches are not independent: a standard error over
   them is too small.
 
-Other origins (a data set on a hub) need one function that yields `Document`s: `rows_from_documents` does the rest.
+Calibration has more freedom (data sets of a hub, packed rows, a shuffle): see `calibration`.
 
 Tokenizers are read from the checkpoint's own folder, from local files alone; one that wants to run code of its own is refused.
 """
@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,16 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
 @dataclass(frozen=True)
 class Document:
-    """One document of a text: plain text, or a conversation for the chat template."""
+    """One document of a text: plain text, or a conversation for the chat template.
+
+    Attributes:
+        media: whether its record holds images, video or sound beside the text.
+    """
 
     name: str
     text: str = ""
     messages: tuple[dict[str, Any], ...] = ()
+    media: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,9 +57,11 @@ class Rows:
         documents: for each row, the number of its document in the text.
         names: for each row, the name of its document.
         text: the name of the text.
-        text_sha256: SHA-256 of the file that the text was read from, in hexadecimal.
+        text_sha256: SHA-256 of the file that the text was read from, in hexadecimal; of the documents read, where there is no one file.
         ids_sha256: SHA-256 of `ids` as little-endian int64, in hexadecimal.
         skipped: documents that were read and were too short.
+        revision: the commit of a data set on a hub.
+        left_out: documents that gave no tokens, counted by reason.
     """
 
     ids: Tensor
@@ -64,6 +71,8 @@ class Rows:
     text_sha256: str
     ids_sha256: str
     skipped: int = 0
+    revision: str | None = None
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert self.ids.dim() == 2 and self.ids.dtype == torch.int64
