@@ -132,6 +132,18 @@ def test_the_best_iterate_is_never_worse_than_the_start() -> None:
     assert loss_of(got, inputs, targets) == pytest.approx(report.best_loss, rel=1e-4)
 
 
+def test_where_nothing_is_left_to_gain_the_start_is_kept() -> None:
+    weights = {name: q.dequantize() for name, q in rounded(toys.mlp_weights(), INT4).items()}
+    inputs = correlated(rows=4)
+    got, report = tune_block(
+        toys.mlp, weights, schemes_of(weights, INT4), inputs, toys.mlp(weights, inputs), Options(iterations=4)
+    )
+    assert report.start_loss == report.best_loss == 0
+    assert report.best_iteration == 0
+    assert report.unreached == tuple(sorted(weights))
+    assert all(torch.equal(got[name].dequantize(), weight) for name, weight in weights.items())
+
+
 def test_same_seed_same_codes_other_seed_other_codes() -> None:
     weights, inputs, targets = mlp_case()
     runs = [

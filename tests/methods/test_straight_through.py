@@ -26,6 +26,7 @@ def weights(rows: int = 10, columns: int = 96, seed: int = 0) -> Tensor:
     weight[1].abs_()
     weight[2] = -weight[2].abs()
     weight[3, :32] = torch.arange(32) / 2 - 8
+    weight[4, :32] = torch.linspace(-4.5, 4.5, 32)  # both ends are as large
     return weight
 
 
