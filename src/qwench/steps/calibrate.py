@@ -28,6 +28,10 @@ from qwench.stream.rows import Rows, carried_text, rows_from_text
 from qwench.stream.walk import Change, Tell, Walk, walk
 
 
+REPORT = "report "
+"""What the keys of remarks about methods begin with."""
+
+
 @dataclass
 class Calibrated:
     """What a walk found out.
@@ -81,15 +85,16 @@ def calibrate(plan: Plan, source: Checkpoint, writer: CheckpointWriter, rows: Ro
     _forget_what_is_not_proved(files, settings, layers, writer)
 
     def emit(live: LiveBlock) -> None:
+        for change in settings.changes:
+            for key, says in getattr(change, "reports", {}).items():
+                if REPORT + key not in writer.remarks:
+                    writer.remark(REPORT + key, {"says": says})
         for job in layers[live.block.index]:
             write_job(job, live, source, writer)
 
     walk(settings, source, plan.map, rows.ids, files, emit, tell)
-    reports = {key: text for change in settings.changes for key, text in getattr(change, "reports", {}).items()}
-    for key, text in reports.items():
-        writer.remark(f"report {key}", {"says": text})
-    said = {key.removeprefix("report "): str(data["says"]) for key, data in writer.remarks.items() if key.startswith("report ")}
-    return Calibrated(said, settings.lost)
+    reports = {key.removeprefix(REPORT): str(data["says"]) for key, data in writer.remarks.items() if key.startswith(REPORT)}
+    return Calibrated(reports, settings.lost)
 
 
 def _forget_what_is_not_proved(

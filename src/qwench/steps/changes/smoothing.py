@@ -6,12 +6,13 @@ up projection. Every reader of a norm is compensated, those that are not quantiz
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
@@ -23,6 +24,7 @@ from qwench.models.modules import quiet, text_positions
 from qwench.numerics import Scheme
 from qwench.recipe import Smooth, layer_range
 from qwench.stream.live import LiveBlock
+from qwench.stream.observe import taking_inputs
 from qwench.stream.walk import Rows
 
 SEARCH_TOKENS = 16_384
@@ -115,25 +117,23 @@ def capture(live: LiveBlock, rows: Rows, source: Slot, readers: list[Slot]) -> l
     return taken
 
 
-def _taking(live: LiveBlock, source: Slot, readers: list[Slot], take: Callable[[Tensor], None]) -> Any:
-    from qwench.stream.observe import taking_inputs
-
+def _taking(live: LiveBlock, source: Slot, readers: list[Slot], take: Callable[[Tensor], None]) -> AbstractContextManager[None]:
     if not source.role.startswith("norm."):
         name = next(name for name, slots in live.block.inputs.items() if readers[0] in slots)
         return taking_inputs(live, {name: take})
-    module = live.layer.get_submodule(module_name(live, source))
+    return _taking_module(live.layer.get_submodule(module_name(live, source)), take)
 
-    class Hook:
-        def __enter__(self) -> None:
-            def before(_module: object, positional: tuple[Tensor, ...], named: dict[str, Any]) -> None:
-                take(positional[0] if positional else named["hidden_states"])
 
-            self.handle = module.register_forward_pre_hook(before, with_kwargs=True)
+@contextmanager
+def _taking_module(module: nn.Module, take: Callable[[Tensor], None]) -> Iterator[None]:
+    def before(_module: object, positional: tuple[Tensor, ...], named: dict[str, Any]) -> None:
+        take(positional[0] if positional else named["hidden_states"])
 
-        def __exit__(self, *_: object) -> None:
-            self.handle.remove()
-
-    return Hook()
+    handle = module.register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def module_name(live: LiveBlock, norm: Slot) -> str:
@@ -169,7 +169,7 @@ def output_of(live: LiveBlock, source: Slot, readers: list[Slot]) -> Callable[[l
             rope = live.modules.rope(text_positions(length).expand(3, len(inputs), length), inputs)
             named = {"position_embeddings": rope, "attention_mask": None}
         with quiet():
-            result = functional_call(module, used, (inputs,), named)
+            result: Tensor | tuple[Tensor, ...] = functional_call(module, used, (inputs,), named)
         return result[0] if isinstance(result, tuple) else result
 
     return output
