@@ -25,6 +25,8 @@ PART = r"[A-Za-z0-9][\w.-]*"
 NAME = re.compile(rf"(?P<parts>{PART}(/{PART}){{0,2}})(@(?P<revision>[\w./-]+))?")
 FIRST_VERSION = 4
 """Of `datasets`, without scripts."""
+PARQUET_BATCH = 256
+"""Records that are decoded at once; the library's own choice, a file's first row group, fails on a file without records."""
 
 
 @dataclass(frozen=True)
@@ -84,15 +86,25 @@ def hub_table(text: str, split: str, revision: str | None) -> Table:
     return Table(f"{at}, {split}", _records(found, str(at)), commit, _is_wikitext(at.repo))
 
 
-def folder_table(path: Path, split: str) -> Table:
+def folder_table(path: Path, split: str, config: str | None = None) -> Table:
     """Records of a folder that is laid out as the hub's repositories are. Raises TextError."""
-    found = _load(_library(), str(path), str(path.resolve()), split=split, streaming=True)
-    return Table(f"{path.name}, {split}", _records(found, str(path)), line_by_line=_is_wikitext(path.name))
+    title = str(path / config) if config else str(path)
+    found = _load(_library(), title, str(path.resolve()), name=config, split=split, streaming=True)
+    name = f"{path.name}/{config}" if config else path.name
+    return Table(f"{name}, {split}", _records(found, title), line_by_line=_is_wikitext(path.name))
 
 
 def parquet_table(path: Path) -> Table:
     """Records of one Parquet file. Raises TextError."""
-    found = _load(_library(), str(path), "parquet", data_files=str(path.resolve()), split="train", streaming=True)
+    found = _load(
+        _library(),
+        str(path),
+        "parquet",
+        data_files=str(path.resolve()),
+        split="train",
+        streaming=True,
+        batch_size=PARQUET_BATCH,
+    )
     return Table(path.name, _records(found, str(path)), line_by_line=_is_wikitext(path.name))
 
 
@@ -167,6 +179,7 @@ def _refused(title: str, error: Exception, streaming: bool) -> TextError:
             f"{title} is no file or folder here, the hub cannot be reached, and `datasets` has no copy: {error}", mend
         )
     reason = str(error).strip() or type(error).__name__
-    return TextError(
-        f"data set {title} cannot be read: {reason}", "mend what it says; config: org/name/config, split: calibration.split"
-    )
+    mend = "mend what it says; a config is named as org/name/config, a split as calibration.split"
+    if "scripts are no longer supported" in reason:
+        mend = "scripts are never run: name the hub's own conversion, org/name@refs/convert/parquet, or another data set"
+    return TextError(f"data set {title} cannot be read: {reason}", mend)

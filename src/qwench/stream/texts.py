@@ -3,7 +3,7 @@
     carried                               the calibration text that the package carries
     notes.txt                             one long text; it has no documents, so it is taken in pieces
     chats.jsonl, chats.json               records, one in each line or in a list
-    rows.parquet, a folder                through the `datasets` library (extra `data`); a folder as the hub lays out a data set
+    rows.parquet, a folder                through the `datasets` library (extra `data`); a folder as the hub lays out a data set, FOLDER/config if it has several
     a folder of .txt files                each file is a document
     org/name, org/name/config@revision    a data set on the hub (extra `data`)
 
@@ -62,14 +62,25 @@ def find_text(text: str, column: str | None, split: str, revision: str | None) -
         documents = documents_of(_lines(path), path.name, "text")
         return Text("Python standard library, calibration modules", documents, file_sha256(path))
     path = Path(text).expanduser()
-    if path.exists():
+    if local := _local(path, column, split):
         if revision:
             raise TextError(f"{path} is on this machine and has no revision {revision!r}", "take the revision out")
-        return _folder(path, column, split) if path.is_dir() else _file(path, column)
+        return local
     if path.suffix in FILES or text.startswith((".", "/", "~")):
         raise TextError(f"there is no text {path}", f"give a {', '.join(FILES)} file, a folder, or a data set's org/name")
     table = datasets_hub.hub_table(text, split, revision)
     return Text(table.name, _of_table(table, column), revision=table.revision)
+
+
+def _local(path: Path, column: str | None, split: str) -> Text | None:
+    """What lies at a path: a file, a folder, or a config of the folder above, which that folder's README.md lists."""
+    if path.exists():
+        return _folder(path, column, split) if path.is_dir() else _file(path, column)
+    readme = path.parent / "README.md"
+    if path.name and readme.is_file() and f"config_name: {path.name}\n" in readme.read_text(encoding="utf-8", errors="replace"):
+        table = datasets_hub.folder_table(path.parent, split, config=path.name)
+        return Text(table.name, _of_table(table, column))
+    return None
 
 
 def _of_table(table: datasets_hub.Table, column: str | None) -> Iterator[Document]:
