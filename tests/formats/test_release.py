@@ -158,8 +158,10 @@ MODULE = "model.layers.0.mlp.up_proj"
         (lambda t, c: c["ignore"].append(MODULE), "config.json says that"),
         (lambda t, c: t.pop(f"{MODULE}.weight_global_scale"), "weight_global_scale is missing"),
         (lambda t, c: t.pop(f"{MODULE}.weight_scale"), "no matrix of scales"),
+        (lambda t, c: t.pop(f"{MODULE}.weight_packed"), "has scales and no codes"),
         (lambda t, c: t.update({f"{MODULE}.weight_packed": t[f"{MODULE}.weight_packed"][:, 1:].contiguous()}), "has the shape"),
-        (lambda t, c: c.update(quant_method="gptq"), "quantized with 'gptq'"),
+        (lambda t, c: c.update(quant_method="awq"), "quantized with 'awq'"),
+        (lambda t, c: c.update(quant_method="gptq"), "holds no qweight or scales"),
         (lambda t, c: c["config_groups"]["group_0"]["weights"].update(num_bits=3), "is stored as"),
     ],
 )

@@ -3,7 +3,8 @@
 | scheme | format                 | tensors of one module (out, in)                                                                |
 |--------|------------------------|------------------------------------------------------------------------------------------------|
 | int    | `pack-quantized`       | weight_packed I32 [out, ceil(in*bits/32)], weight_scale [out, groups], weight_shape I64 [2];   |
-|        |                        | asymmetric: weight_zero_point I32 [ceil(out*bits/32), groups]                                  |
+|        |                        | asymmetric: weight_zero_point I32 [ceil(out*bits/32), groups];                                 |
+|        |                        | ordered: weight_g_idx I32 [in], the group of each column                                       |
 | nvfp4  | `nvfp4-pack-quantized` | weight_packed U8 [out, in/2], weight_scale F8_E4M3 [out, in/16], weight_global_scale F32 [1]   |
 | mxfp4  | `mxfp4-pack-quantized` | weight_packed U8 [out, in/2], weight_scale U8 [out, in/32]                                     |
 | fp8    | `float-quantized`      | weight F8_E4M3 [out, in], weight_scale [out, 1] or [ceil(out/128), ceil(in/128)]               |
@@ -15,21 +16,43 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from qwench.checkpoint.source import TORCH_DTYPE, TensorSpec
+from qwench.checkpoint.source import TORCH_DTYPE, Part, TensorEntry, TensorSpec
 from qwench.errors import CheckpointError
-from qwench.formats.bits import pack_nibbles, pack_rows, pack_words, unpack_nibbles, unpack_rows, unpack_words
-from qwench.formats.quantization_config import FORMAT_OF, quantization_config, scheme_of
+from qwench.formats.bits import WORD_BITS, pack_nibbles, pack_rows, pack_words, unpack_nibbles, unpack_rows, unpack_words
+from qwench.formats.order import MEND, column_groups, order_of
+from qwench.formats.quantization_config import FORMAT_OF, METHOD, quantization_config, scheme_of
 from qwench.numerics import Quantized, Scheme
 
-__all__ = ["FORMAT_OF", "SUFFIXES", "layout", "pack", "quantization_config", "scheme_of", "unpack"]
+__all__ = ["CODES", "FORMAT_OF", "METHOD", "SCALES", "SUFFIXES", "complaint", "layout", "notes", "pack", "part_of"]
+__all__ += ["quantization_config", "row_step", "scheme_of", "shape_of", "sidecars", "unpack"]
 
-SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale")
+CODES = ("weight_packed", "weight")
+SCALES = "weight_scale"
+SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale", "weight_g_idx")
 """Names of tensors that only a quantized module has."""
+
+
+def complaint(scheme: Scheme, shape: tuple[int, ...]) -> str | None:
+    """Why this container cannot hold a weight of this shape (out, in) in this scheme, or None."""
+    if scheme.ordered:
+        return "compressed-tensors lost the order of columns in 2026: its library, vLLM and transformers refuse it"
+    return None
+
+
+def notes(schemes: Iterable[Scheme]) -> list[str]:
+    """What a person should know about a release with these schemes."""
+    return []
+
+
+def sidecars(config: Mapping[str, Any]) -> dict[str, bytes]:
+    """Files besides config.json: none."""
+    return {}
 
 
 def layout(module: str, shape: tuple[int, ...], scheme: Scheme, dtype: str = "BF16") -> list[TensorSpec]:
@@ -51,6 +74,8 @@ def layout(module: str, shape: tuple[int, ...], scheme: Scheme, dtype: str = "BF
         }
         if not scheme.symmetric:
             specs["weight_zero_point"] = ("I32", (math.ceil(rows * scheme.bits / 32), groups))
+        if scheme.ordered:
+            specs["weight_g_idx"] = ("I32", (columns,))
     elif scheme.kind == "fp8":
         height, width = scheme.block or (1, columns)
         specs = {
@@ -71,13 +96,15 @@ def layout(module: str, shape: tuple[int, ...], scheme: Scheme, dtype: str = "BF
 def pack(module: str, quantized: Quantized) -> dict[str, Tensor]:
     """The tensors of one quantized weight by name, as `layout` lists them."""
     scheme, codes = quantized.scheme, quantized.codes
-    assert quantized.group_of_column is None, "compressed-tensors holds no activation order"
+    assert scheme.ordered or quantized.group_of_column is None, "a scheme without order was given one"
     tensors: dict[str, Tensor] = {}
     if scheme.kind == "int":
         tensors["weight_packed"] = pack_words(codes, scheme.bits)
         tensors["weight_shape"] = torch.tensor(codes.shape, dtype=torch.int64)
         if quantized.zeros is not None:
             tensors["weight_zero_point"] = pack_rows(quantized.zeros, scheme.bits)
+        if scheme.ordered:
+            tensors["weight_g_idx"] = column_groups(quantized)
     elif scheme.kind == "fp8":
         tensors["weight"] = codes
     else:
@@ -88,12 +115,15 @@ def pack(module: str, quantized: Quantized) -> dict[str, Tensor]:
     return {f"{module}.{suffix}": tensor for suffix, tensor in tensors.items()}
 
 
-def unpack(module: str, tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, ...]) -> Quantized:
+def unpack(
+    module: str, tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, ...], config: Mapping[str, Any] | None = None
+) -> Quantized:
     """The quantized weight that these tensors stand for.
 
     Args:
         tensors: at least those that `layout` lists, by name; `weight_shape` may be missing.
         shape: (out, in).
+        config: not needed; other containers do.
 
     Raises:
         CheckpointError: a tensor is missing, or has another shape or dtype than the scheme asks for.
@@ -107,7 +137,8 @@ def unpack(module: str, tensors: Mapping[str, Tensor], scheme: Scheme, shape: tu
     if scheme.kind != "int":
         return Quantized(scheme, unpack_nibbles(packed), scales, outer=outer)
     zeros = None if scheme.symmetric else unpack_rows(_there(found, "weight_zero_point"), scheme.bits, shape[0])
-    return Quantized(scheme, unpack_words(packed, scheme.bits, shape[1]), scales, zeros)
+    order = order_of(f"{module}.weight_g_idx", found.get("weight_g_idx"), scheme, shape[1], scales.shape[1])
+    return Quantized(scheme, unpack_words(packed, scheme.bits, shape[1]), scales, zeros, group_of_column=order)
 
 
 def _there(found: Mapping[str, Tensor | None], suffix: str) -> Tensor:
@@ -121,15 +152,47 @@ def _checked(spec: TensorSpec, tensors: Mapping[str, Tensor], scheme: Scheme) ->
     tensor = tensors.get(spec.name)
     if spec.name.endswith("weight_shape"):
         return tensor
-    mend = "the file does not hold what its config.json says: fetch it again, or ask who made it"
     if tensor is None:
-        raise CheckpointError(f"{spec.name} is missing; {scheme.label} needs it", mend)
+        raise CheckpointError(f"{spec.name} is missing; {scheme.label} needs it", MEND)
     if tuple(tensor.shape) != spec.shape:
-        raise CheckpointError(f"{spec.name} has the shape {list(tensor.shape)}, {scheme.label} needs {list(spec.shape)}", mend)
+        raise CheckpointError(f"{spec.name} has the shape {list(tensor.shape)}, {scheme.label} needs {list(spec.shape)}", MEND)
     free = spec.name.endswith("weight_scale") and scheme.kind in ("int", "fp8")
     if (
         not (free and tensor.dtype in (torch.bfloat16, torch.float16, torch.float32))
         and tensor.dtype != TORCH_DTYPE[spec.dtype]
     ):
-        raise CheckpointError(f"{spec.name} is {tensor.dtype}, {scheme.label} needs {spec.dtype}", mend)
+        raise CheckpointError(f"{spec.name} is {tensor.dtype}, {scheme.label} needs {spec.dtype}", MEND)
     return tensor
+
+
+def shape_of(module: str, scheme: Scheme, tensors: Mapping[str, TensorEntry], read: Callable[[str], Tensor]) -> tuple[int, int]:
+    """(out, in) of a stored weight. Only rows of integers without groups need the stored shape: their last word may be partly filled."""
+    codes = next(tensors[f"{module}.{suffix}"] for suffix in CODES if f"{module}.{suffix}" in tensors).shape
+    if scheme.kind == "fp8":
+        return codes[0], codes[1]
+    if scheme.group:
+        return codes[0], tensors[f"{module}.weight_scale"].shape[1] * scheme.group
+    name = f"{module}.weight_shape"
+    return codes[0], int(read(name)[1]) if name in tensors else codes[1] * WORD_BITS // scheme.bits
+
+
+def row_step(scheme: Scheme) -> int:
+    """Rows that can only be read together: those of a block, or of a word of zero points."""
+    if scheme.block:
+        return scheme.block[0]
+    return 1 if scheme.symmetric else WORD_BITS // scheme.bits
+
+
+def part_of(suffix: str, scheme: Scheme, first: int, last: int) -> Part | None:
+    """The part of a stored tensor that rows first..last of the weight need; None: it is not needed.
+
+    `first` is a multiple of `row_step`, `last` too unless it is the end.
+    """
+    if suffix == "weight_shape":
+        return None
+    if suffix in ("weight_global_scale", "weight_g_idx"):
+        return ()
+    # Scales of blocks and words of zero points have fewer rows than the weight.
+    fewer = suffix == "weight_zero_point" or (suffix == "weight_scale" and scheme.block)
+    step = row_step(scheme) if fewer else 1
+    return (slice(first // step, math.ceil(last / step)),)

@@ -61,11 +61,14 @@ def place(module: str) -> Place:
     return Place(scope, int(found["layer"]), EXPERT.sub(ANY_EXPERT, found["parent"]), found["leaf"])
 
 
-def patterns(wanted: Collection[str], others: Iterable[str], containers: bool = False) -> list[str]:
+def patterns(
+    wanted: Collection[str], others: Iterable[str], containers: bool = False, scopes: Mapping[str, str] = SCOPES
+) -> list[str]:
     """Patterns that match every wanted module, under any engine's name for it, and none of the others.
 
     Args:
         containers: also match the module that holds all experts, where every one of its projections is wanted.
+        scopes: what a pattern begins with, up to the number of the layer, in the trunk and in the MTP head.
     """
     mine, foreign = _layers(wanted), _layers(others)
     clash = {key for key in mine for layer in mine[key] if layer in foreign.get(key, {})}
@@ -75,17 +78,17 @@ def patterns(wanted: Collection[str], others: Iterable[str], containers: bool = 
         if key not in clash and key[0] != OTHER:
             scope, parent, leaf = key
             families[scope, parent, _numbers(layers, whole=key not in foreign)].add(leaf)
-    lines = [_line(scope, parent, numbers, leaves, containers) for (scope, parent, numbers), leaves in families.items()]
-    return sorted(lines) + [exact_pattern(m) for m in exact]
+    lines = [_line(scopes[scope], parent, numbers, leaves, containers) for (scope, parent, numbers), leaves in families.items()]
+    return sorted(lines) + [exact_pattern(m, scopes) for m in exact]
 
 
-def exact_pattern(module: str) -> str:
+def exact_pattern(module: str, scopes: Mapping[str, str] = SCOPES) -> str:
     """A pattern for one module under any engine's prefix. Modules outside of layers keep their own name from the part that all engines share."""
     at = place(module)
     if at.scope != OTHER:
         found = LAYER.match(module)
         assert found
-        return SCOPES[at.scope] + re.escape(f"{at.layer}.{found['parent']}{at.leaf}") + "$"
+        return scopes[at.scope] + re.escape(f"{at.layer}.{found['parent']}{at.leaf}") + "$"
     if module.startswith("mtp."):
         return f"re:{re.escape(module)}$"
     return f"re:(?:.*\\.)?{re.escape(module.removeprefix('model.').removeprefix('language_model.'))}$"
@@ -116,11 +119,11 @@ def _numbers(layers: Iterable[int], whole: bool) -> str:
     return r"\d+" if whole else "(?:" + "|".join(str(n) for n in sorted(layers)) + ")"
 
 
-def _line(scope: str, parent: str, numbers: str, leaves: set[str], containers: bool) -> str:
+def _line(begin: str, parent: str, numbers: str, leaves: set[str], containers: bool) -> str:
     """One pattern for several leaves of one parent, with the names that engines give to what they fuse of them."""
     names = leaves | {fused for fused, members in FUSED.items() if leaves.issuperset(members)}
     choice = "(?:" + "|".join(sorted(names)) + ")"
-    stem = SCOPES[scope] + numbers + r"\."
+    stem = begin + numbers + r"\."
     if parent.endswith(ANY_EXPERT):
         holder, inside = re.escape(parent.removesuffix(".#.")), rf"\.\d+\.{choice}"
         whole = containers and leaves.issuperset(("gate_proj", "up_proj", "down_proj"))

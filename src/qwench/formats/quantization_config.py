@@ -33,8 +33,9 @@ FORMAT_OF = {
 """Container format by kind of scheme."""
 
 CLASS = "Linear"
-MTP_PATTERN = r"re:^mtp\..*"
-VISION_PATTERN = r"re:^(?:model\.)?visual\..*"
+COMPONENTS = {"mtp": r"re:^mtp\..*", "vision": r"re:^(?:model\.)?visual\..*"}
+"""A pattern for everything in a component."""
+PREFIXES_OF = {"mtp": ("mtp.",), "vision": ("model.visual.", "visual.")}
 ROUTED = re.compile(r"\.experts\.\d+\.")
 
 
@@ -46,10 +47,8 @@ def quantization_config(assigned: Mapping[str, Scheme], kept: Collection[str]) -
         kept: module paths of all other linear layers (experts one by one, the tower and the MTP head included).
     """
     assert assigned, "a release without quantized weights has no quantization_config"
-    by_scheme: dict[Scheme, list[str]] = {}
-    for module, scheme in assigned.items():
-        by_scheme.setdefault(_stored(scheme), []).append(module)
-    first = _of_the_class(by_scheme)
+    by_scheme = by_stored_scheme(assigned)
+    first = leading_scheme(by_scheme)
     # Last: the library stops at the first target that a module matches, and warns of targets that it never came to.
     order = [*(s for s in by_scheme if s != first), first]
     groups = {f"group_{i}": _group(s, _targets(s, s == first, by_scheme, kept)) for i, s in enumerate(order)}
@@ -66,13 +65,17 @@ def quantization_config(assigned: Mapping[str, Scheme], kept: Collection[str]) -
     }
 
 
-def _stored(scheme: Scheme) -> Scheme:
-    """What a reader can know of a scheme: not how its scales were chosen."""
-    return Scheme(scheme.kind, scheme.bits, scheme.group, scheme.block, scheme.symmetric)
+def by_stored_scheme(assigned: Mapping[str, Scheme]) -> dict[Scheme, list[str]]:
+    """Modules by what a reader can know of their scheme: not how its scales were chosen."""
+    by_scheme: dict[Scheme, list[str]] = {}
+    for module, s in assigned.items():
+        stored = Scheme(s.kind, s.bits, s.group, s.block, s.symmetric, ordered=s.ordered)
+        by_scheme.setdefault(stored, []).append(module)
+    return by_scheme
 
 
-def _of_the_class(by_scheme: Mapping[Scheme, Sequence[str]]) -> Scheme:
-    """The scheme that targets `Linear`: of the routed experts if there are any, else the most frequent, the first of equals."""
+def leading_scheme(by_scheme: Mapping[Scheme, Sequence[str]]) -> Scheme:
+    """The scheme that is the rule: of the routed experts if there are any, else the most frequent, the first of equals."""
     routed = Counter({s: sum(1 for m in modules if ROUTED.search(m)) for s, modules in by_scheme.items()})
     if routed.total():
         return routed.most_common(1)[0][0]
@@ -101,7 +104,7 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
 def weight_arguments(scheme: Scheme) -> dict[str, Any]:
     """A scheme in the words of compressed-tensors (`QuantizationArgs`)."""
     arguments: dict[str, Any] = {
-        "actorder": None,
+        "actorder": "group" if scheme.ordered else None,
         "block_structure": list(scheme.block) if scheme.block else None,
         "dynamic": False,
         "group_size": scheme.group,
@@ -119,22 +122,21 @@ def weight_arguments(scheme: Scheme) -> dict[str, Any]:
 
 def _ignore(assigned: Mapping[str, Scheme], kept: Collection[str]) -> list[str]:
     """Every linear layer that is not quantized, in few lines: whole components by one pattern where nothing of them is quantized."""
-    mtp, vision = [m for m in kept if m.startswith("mtp.")], [m for m in kept if _in_vision(m)]
-    lines: list[str] = []
-    rest = set(kept)
-    if mtp and not any(m.startswith("mtp.") for m in assigned):
-        lines.append(MTP_PATTERN)
-        rest -= set(mtp)
-    if vision and not any(_in_vision(m) for m in assigned):
-        lines.append(VISION_PATTERN)
-        rest -= set(vision)
-    lines += patterns(sorted(rest), assigned, containers=True)
-    names = [m for m in mtp if not ROUTED.search(m) or ".experts.0." in m]
-    return lines + sorted(names) + [m for m in sorted(rest) if m == "lm_head"]
+    components, rest = whole_components(assigned, kept)
+    lines = [COMPONENTS[c] for c in components] + patterns(rest, assigned, containers=True)
+    names = [m for m in kept if m.startswith("mtp.") and (not ROUTED.search(m) or ".experts.0." in m)]
+    return lines + sorted(names) + [m for m in rest if m == "lm_head"]
 
 
-def _in_vision(module: str) -> bool:
-    return module.startswith(("model.visual.", "visual."))
+def whole_components(assigned: Mapping[str, Scheme], kept: Collection[str]) -> tuple[list[str], list[str]]:
+    """Of `mtp` and `vision` those that have linear layers and none of them quantized, and the kept modules outside of those, sorted."""
+    rest, components = set(kept), []
+    for component, prefixes in PREFIXES_OF.items():
+        mine = {m for m in kept if m.startswith(prefixes)}
+        if mine and not any(m.startswith(prefixes) for m in assigned):
+            components.append(component)
+            rest -= mine
+    return components, sorted(rest)
 
 
 def scheme_of(config: Mapping[str, Any], module: str) -> Scheme | None:
@@ -189,10 +191,11 @@ def _read_weights(weights: Mapping[str, Any]) -> Scheme | None:
     group = group if group and group > 0 else None
     block = weights.get("block_structure")
     strategy = weights.get("strategy") or ("group" if group else "block" if block else "tensor")
-    if weights.get("actorder") == "group" or weights.get("dynamic"):
+    ordered = weights.get("actorder") in ("group", "dynamic", True)
+    if weights.get("dynamic") or (ordered and (kind != "int" or not group)):
         return None
     if kind == "int" and bits in (4, 8) and strategy in ("group", "channel"):
-        return Scheme("int", bits, group, symmetric=symmetric)
+        return Scheme("int", bits, group, symmetric=symmetric, ordered=ordered)
     if kind == "float" and symmetric:
         known = {
             (4, "tensor_group", 16): Scheme("nvfp4", 4, 16),

@@ -1,7 +1,7 @@
 """A release read as if it had never been quantized.
 
 `Release` wraps a checkpoint whose `config.json` has a `quantization_config` and shows its tensors under the names of the unquantized original:
-`X.weight` for `X.weight_packed`, `X.weight_scale` and the rest. What runs a model need not know the difference. Quantized weights are decoded
+`X.weight` for `X.weight_packed`, `X.weight_scale` and the rest, or for `X.qweight`, `X.scales` and theirs. What runs a model need not know the difference. Quantized weights are decoded
 as they are read, to exact float32: which precision to compute in is the reader's choice. All other tensors come as they are stored.
 
 Experts that are quantized are stored one by one, so they appear one by one, whatever the layout of the original was.
@@ -10,7 +10,7 @@ Experts that are quantized are stored one by one, so they appear one by one, wha
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,14 @@ from torch import Tensor
 from qwench.checkpoint.reader import Checkpoint
 from qwench.checkpoint.source import Part, TensorEntry, TensorSource
 from qwench.errors import CheckpointError
-from qwench.formats.compressed_tensors import SUFFIXES, layout, scheme_of, unpack
+from qwench.formats import FORMATS, Container
 from qwench.numerics import Quantized, Scheme, decode
 
 ACTIVATION_SUFFIXES = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point")
 """Tensors of quantized activations: they do not change the weights, and are not shown."""
+
+OPTIONAL = (".weight_shape", ".g_idx")
+"""Tensors that other writers leave out where they say nothing; `unpack` misses the second where it does."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +38,6 @@ class Stored:
     module: str
     scheme: Scheme
     shape: tuple[int, int]
-
-    @property
-    def row_step(self) -> int:
-        """Rows that can only be read together: those of a block, or of a word of zero points."""
-        if self.scheme.block:
-            return self.scheme.block[0]
-        return 1 if self.scheme.symmetric else 32 // self.scheme.bits
 
 
 def open_source(folder: Path) -> TensorSource:
@@ -54,11 +50,22 @@ def open_source(folder: Path) -> TensorSource:
     return Release(checkpoint) if checkpoint.config.get("quantization_config") else checkpoint
 
 
+def container_of(config: Mapping[str, Any]) -> Container:
+    """The container that a quantization_config, ours or anybody's, speaks of. Raises CheckpointError where it is none of ours."""
+    method = config.get("quant_method", "compressed-tensors")
+    if method not in FORMATS:
+        raise CheckpointError(
+            f"the checkpoint is quantized with {method!r}", f"Qwench reads {', '.join(FORMATS)} and unquantized checkpoints"
+        )
+    return FORMATS[method]
+
+
 class Release:
     """A quantized checkpoint as a source of unquantized tensors; see `TensorSource`.
 
     Attributes:
         source: the stored tensors.
+        container: how they are stored.
         stored: what is quantized, by the name that it is shown under.
         tensors: what is shown. A quantized weight has the dtype of its scales (BF16 where those are no plain floats) and its logical shape; file
             and start are those of its codes.
@@ -66,15 +73,23 @@ class Release:
 
     def __init__(self, source: TensorSource) -> None:
         self.source = source
+        self.container = container = container_of(source.config["quantization_config"])
         self.stored: dict[str, Stored] = {}
         shown: dict[str, TensorEntry] = {}
-        modules = {n.rpartition(".")[0] for n in source.tensors if n.endswith((".weight_scale", ".weight_packed"))}
+        marks = {container.SCALES, *container.CODES} & set(container.SUFFIXES)
+        modules = {module for module, _, suffix in (n.rpartition(".") for n in source.tensors) if suffix in marks}
+        if not modules:
+            what = f"config.json says that {source.folder} is quantized ({container.METHOD}), and it holds no {' or '.join(sorted(marks))}"
+            raise CheckpointError(what, "config.json and files are not of one checkpoint: fetch both again")
         for name, entry in source.tensors.items():
             module, _, suffix = name.rpartition(".")
-            if module in modules and suffix in ("weight_packed", "weight"):
+            if module in modules and suffix in container.CODES:
                 shown[f"{module}.weight"] = self._show(module, entry)
-            elif not (module in modules and suffix in (*SUFFIXES, *ACTIVATION_SUFFIXES)):
+            elif not (module in modules and suffix in (*container.SUFFIXES, *ACTIVATION_SUFFIXES)):
                 shown[name] = entry
+        if orphans := modules - {weight.module for weight in self.stored.values()}:
+            what = f"{min(orphans)} has scales and no codes ({' or '.join(container.CODES)})"
+            raise CheckpointError(what, "the file is not whole: fetch it again")
         self.tensors: Mapping[str, TensorEntry] = shown
 
     @property
@@ -98,7 +113,7 @@ class Release:
         if not part:
             return decode(self._rows(weight, 0, weight.shape[0]))
         wanted = _row_range(part[0], weight.shape[0], name)
-        step = weight.row_step
+        step = self.container.row_step(weight.scheme)
         first, last = wanted.start // step * step, min(math.ceil(wanted.stop / step) * step, weight.shape[0])
         if not len(wanted):
             return torch.empty(0, weight.shape[1])[(slice(None), *part[1:])]
@@ -124,17 +139,17 @@ class Release:
 
     def _show(self, module: str, codes: TensorEntry) -> TensorEntry:
         """The entry that a quantized weight is shown as, noting what it is. Raises CheckpointError."""
-        scheme = scheme_of(self.config["quantization_config"], module)
+        scheme = self.container.scheme_of(self.config["quantization_config"], module)
         mend = "config.json and files contradict each other: fetch both again, or ask who made them"
         if scheme is None:
             raise CheckpointError(f"{codes.name} is quantized, config.json says that {module} is not", mend)
-        scale = self.source.tensors.get(f"{module}.weight_scale")
+        scale = self.source.tensors.get(f"{module}.{self.container.SCALES}")
         if len(codes.shape) != 2 or scale is None or len(scale.shape) != 2:
             raise CheckpointError(f"{module}: there is no matrix of scales beside {codes.name} {list(codes.shape)}", mend)
-        weight = Stored(module, scheme, (codes.shape[0], self._columns(module, scheme, codes, scale)))
-        for spec in layout(module, weight.shape, scheme):
+        weight = Stored(module, scheme, self.container.shape_of(module, scheme, self.source.tensors, self.source.read))
+        for spec in self.container.layout(module, weight.shape, scheme):
             there = self.source.tensors.get(spec.name)
-            if there is None and not spec.name.endswith("weight_shape"):
+            if there is None and not spec.name.endswith(OPTIONAL):
                 raise CheckpointError(f"{spec.name} is missing; {scheme.label} needs it", mend)
             if there is not None and there.shape != spec.shape:
                 what = f"{spec.name} has the shape {list(there.shape)}, {scheme.label} needs {list(spec.shape)}"
@@ -144,35 +159,15 @@ class Release:
         dtype = scale.dtype if scale.dtype in ("BF16", "F16", "F32") else "BF16"
         return TensorEntry(name, dtype, weight.shape, codes.file, codes.start)
 
-    def _columns(self, module: str, scheme: Scheme, codes: TensorEntry, scale: TensorEntry) -> int:
-        """Logical columns. Only rows of integers without groups need the stored shape: their last word may be partly filled."""
-        if scheme.kind == "fp8":
-            return codes.shape[1]
-        if scheme.group:
-            return scale.shape[1] * scheme.group
-        name = f"{module}.weight_shape"
-        if name in self.source.tensors:
-            return int(self.source.read(name)[1])
-        return codes.shape[1] * 32 // scheme.bits
-
     def _rows(self, weight: Stored, first: int, last: int) -> Quantized:
         """The quantized rows first..last; `first` is a multiple of the row step, `last` too unless it is the end."""
-        rows, columns = last - first, weight.shape[1]
         tensors: dict[str, Tensor] = {}
-        specs = zip(_names(weight, weight.shape), layout(weight.module, (rows, columns), weight.scheme), strict=True)
-        for whole, spec in specs:
-            if spec.name.endswith("weight_shape"):
-                continue
-            # A tensor with fewer rows than the weight has them by block or by word.
-            step = 1 if whole == weight.shape[0] else weight.row_step
-            part: Part = () if spec.shape == (1,) else (slice(first // step, first // step + spec.shape[0]),)
-            tensors[spec.name] = self.source.read(spec.name, part)
-        return unpack(weight.module, tensors, weight.scheme, (rows, columns))
-
-
-def _names(weight: Stored, shape: tuple[int, int]) -> Iterable[int]:
-    """Rows of each tensor of the layout of a whole weight."""
-    return [spec.shape[0] for spec in layout(weight.module, shape, weight.scheme)]
+        for spec in self.container.layout(weight.module, weight.shape, weight.scheme):
+            part = self.container.part_of(spec.name.rpartition(".")[2], weight.scheme, first, last)
+            if part is not None and spec.name in self.source.tensors:
+                tensors[spec.name] = self.source.read(spec.name, part)
+        rows = (last - first, weight.shape[1])
+        return self.container.unpack(weight.module, tensors, weight.scheme, rows, self.config["quantization_config"])
 
 
 def _row_range(index: int | slice, rows: int, name: str) -> range:

@@ -103,6 +103,8 @@ def _scheme_complaint(scheme: Scheme) -> str | None:
         return "only int can be asymmetric, and full_range says that it is symmetric"
     if scheme.full_range and kind != "int":
         return f"full_range is for int, not for {kind}"
+    if scheme.ordered and (kind != "int" or scheme.group is None):
+        return "columns can be ordered only in int with groups: elsewhere no group has to be told of a column"
     if scheme.search == "mse" and kind == "fp8":
         return "fp8 has no mse search: its steps grow with the values, a smaller range does not make them finer"
     if scheme.search == "four-over-six" and kind != "nvfp4":

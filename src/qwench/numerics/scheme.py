@@ -34,6 +34,7 @@ class Scheme:
             magnitude lands exactly on the most negative code. Off: amax / (2^bits - 1) * 2.
         search: how scales are chosen: from the largest magnitude (`none`), by least squared error over shrunken
             scales (`mse`), or for `nvfp4` by the better of mapping a block's largest value to 6 or to 4 (`four-over-six`).
+        ordered: `int` with groups only: the file says for every column which group it is of (`Quantized.group_of_column`; GPTQ's desc_act).
     """
 
     kind: Kind
@@ -43,6 +44,7 @@ class Scheme:
     symmetric: bool = True
     full_range: bool = False
     search: Search = "none"
+    ordered: bool = False
 
     @property
     def label(self) -> str:
@@ -54,7 +56,7 @@ class Scheme:
             text += f" g{self.group}"
         else:
             text += " channel"
-        return text + ("" if self.symmetric else " asym")
+        return text + ("" if self.symmetric else " asym") + (" ordered" if self.ordered else "")
 
 
 SCHEMES: dict[str, Scheme] = {
