@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from qwench.engines import vllm
+from qwench.engines import llama_cpp, vllm
 from qwench.errors import EngineError
 
-PYTHONS: dict[str, Callable[[], Path]] = {"vllm": vllm.python}
+PYTHONS: dict[str, Callable[[], Path]] = {"vllm": vllm.python, "llama.cpp": llama_cpp.python}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"errors"},
     "methods": {"errors", "numerics"},
     "models": {"errors", "checkpoint", "numerics"},
-    "formats": {"errors", "checkpoint", "numerics"},
+    "formats": {"errors", "checkpoint", "models", "numerics"},
     "stream": {"errors", "checkpoint", "models", "numerics"},
     "engines": {"errors", "checkpoint"},
     "evaluation": {"errors", "checkpoint", "models", "stream"},
