@@ -205,12 +205,12 @@ class Export(Strict):
     """How the result is laid out on disk.
 
     Attributes:
-        format: the container format.
+        format: the container format: `compressed-tensors`, or for symmetric INT4 and INT8 `gptq` and `auto-round`.
         shard_size: largest size of one safetensors file: `5GB`, `500MB`.
         dtype: of the weights that are kept; `source` keeps them bit for bit.
     """
 
-    format: Literal["compressed-tensors"] = "compressed-tensors"
+    format: Literal["compressed-tensors", "gptq", "auto-round"] = "compressed-tensors"
     shard_size: str = "5GB"
     dtype: str = "source"
 

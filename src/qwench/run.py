@@ -111,7 +111,7 @@ def _counter(plan: Plan, report: Report) -> Callable[[Job], None]:
 def _sidecars(plan: Plan, located: Located, result: Result) -> dict[str, bytes | Path]:
     config = json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n"
     record = result.model_dump_json(indent=1) + "\n"
-    return {**sidecars_of(located.path), "config.json": config.encode(), FILE_NAME: record.encode()}
+    return {**sidecars_of(located.path), **plan.sidecars, "config.json": config.encode(), FILE_NAME: record.encode()}
 
 
 def verify_release(release: Path, engine: str) -> Verification:

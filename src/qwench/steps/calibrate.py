@@ -114,7 +114,7 @@ def write_job(job: Job, live: LiveBlock, source: Checkpoint, writer: CheckpointW
     """Put down one job's tensors from a finished layer."""
     if job.quantized:
         for slot in job.quantized.slots:
-            write_quantized(slot, job.quantized.scheme, live.quantized[slot.module], writer)
+            write_quantized(slot, job.quantized.scheme, live.quantized[slot.module], job.format, writer)
     elif job.copied:
         slots = [s for s in live.block.slots if s.tensor == job.copied.name]
         if any(s.module in live.altered for s in slots):

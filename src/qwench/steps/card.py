@@ -72,7 +72,7 @@ def card_values(result: Result, config: dict[str, Any], title: str) -> dict[str,
         "title": title,
         "base": base,
         "base_link": f"https://huggingface.co/{base}" if HUB_ID.fullmatch(base) else "",
-        "container": config.get("quantization_config", {}).get("format", "safetensors"),
+        "container": _container(config.get("quantization_config", {})),
         "schemes": " and ".join(sorted({_family(error.scheme).upper() for error in result.errors})) or "unquantized",
         "recipe_name": result.recipe.get("name", "unnamed"),
         "recipe_about": str(result.recipe.get("about", "")).rstrip("."),
@@ -213,6 +213,13 @@ def _base_name(result: Result) -> str:
     """The source's hub id, or the last part of its path: a card tells nobody where a folder lay."""
     name = result.source.name
     return name if HUB_ID.fullmatch(name) else Path(name).name or "unknown"
+
+
+def _container(quantization: dict[str, Any]) -> str:
+    """`nvfp4-pack-quantized`, `gptq`, `auto_round:auto_gptq`."""
+    return str(
+        next((quantization[k] for k in ("format", "packing_format", "quant_method") if k in quantization), "safetensors")
+    )
 
 
 def _family(label: str) -> str:

@@ -10,15 +10,14 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qwench import numerics
 from qwench.checkpoint.source import BYTES_OF, TensorEntry, TensorSource, TensorSpec
 from qwench.checkpoint.writer import FileLayout
 from qwench.errors import PlanError
-from qwench.formats.compressed_tensors import layout
-from qwench.formats.quantization_config import quantization_config
+from qwench.formats import FORMATS, Container
 from qwench.models.map import ROLES, Block, ModelMap, Slot
 from qwench.numerics.scheme import Scheme
 from qwench.recipe import Recipe, Rule, byte_size, layer_range, recipe_data, suggestion
@@ -50,12 +49,14 @@ class Job:
     Attributes:
         copied: the stored tensor, or None.
         quantized: the set, or None.
+        format: the container that the set is packed in.
         outputs: what it writes.
     """
 
     outputs: tuple[TensorSpec, ...]
     copied: TensorEntry | None = None
     quantized: WeightSet | None = None
+    format: str = "compressed-tensors"
 
     @property
     def nbytes(self) -> int:
@@ -95,6 +96,12 @@ class Plan:
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
+    def sidecars(self) -> dict[str, bytes]:
+        """Files that the container wants besides config.json, by name."""
+        config = self.config.get("quantization_config")
+        return FORMATS[self.recipe.export.format].sidecars(config) if config else {}
+
+    @property
     def quantized_tensors(self) -> int:
         """Weights that change their format."""
         return len(self.schemes)
@@ -128,15 +135,17 @@ def make_plan(recipe: Recipe, source: TensorSource, map: ModelMap) -> Plan:
     complaints += found
     for block in (*map.blocks, *map.mtp):
         complaints += _split_sets(block, schemes)
-    complaints += _shape_complaints(map, schemes)
+    container = FORMATS[recipe.export.format]
+    complaints += _shape_complaints(map, schemes, container)
     if complaints:
         raise PlanError(list(dict.fromkeys(complaints)))
-    jobs = tuple(_jobs(source, map, schemes))
+    jobs = tuple(_jobs(source, map, schemes, recipe.export.format))
     kept = tuple(s.module for s in map.slots() if s.linear and s.module not in schemes)
     modules = {s.module: scheme for s, scheme in _assigned(map, schemes)}
     config = dict(source.config)
     if modules:
-        config["quantization_config"] = quantization_config(modules, kept)
+        config["quantization_config"] = container.quantization_config(modules, kept)
+    notes += container.notes(modules.values())
     return Plan(
         recipe, source, map, jobs, _files(jobs, byte_size(recipe.export.shard_size)), modules, kept, config, tuple(notes)
     )
@@ -157,7 +166,7 @@ def assign(recipe: Recipe, map: ModelMap) -> tuple[dict[str, Scheme], list[str],
                 if not slot.linear or slot.role.removeprefix("mtp.") in NEVER:
                     continue
                 matched += 1
-                scheme = rule.resolved()
+                scheme = _in_order(rule.resolved(), recipe)
                 if scheme is None:
                     schemes.pop(slot.module, None)
                 else:
@@ -170,6 +179,14 @@ def assign(recipe: Recipe, map: ModelMap) -> tuple[dict[str, Scheme], list[str],
                 )
             )
     return schemes, notes, complaints
+
+
+def _in_order(scheme: Scheme | None, recipe: Recipe) -> Scheme | None:
+    """The scheme as the recipe's method leaves it: GPTQ with dynamic order says which group each column is of, where there are groups."""
+    step = recipe.quantize
+    dynamic = step is not None and step.method == "gptq" and step.gptq.order == "dynamic"
+    ordered = scheme is not None and dynamic and scheme.kind == "int" and scheme.group is not None
+    return replace(scheme, ordered=True) if scheme is not None and ordered else scheme
 
 
 def _matches(glob: str, rule: Rule, slot: Slot) -> bool:
@@ -207,16 +224,18 @@ def _split_sets(block: Block, schemes: dict[str, Scheme]) -> Iterator[Complaint]
             )
 
 
-def _shape_complaints(map: ModelMap, schemes: dict[str, Scheme]) -> Iterator[Complaint]:
+def _shape_complaints(map: ModelMap, schemes: dict[str, Scheme], container: Container) -> Iterator[Complaint]:
     seen: set[tuple[str, Scheme]] = set()
     for slot, scheme in _assigned(map, schemes):
-        complaint = numerics.complaint(scheme, (slot.shape[0], slot.shape[1]))
-        if complaint and (slot.role, scheme) not in seen:
+        if (slot.role, scheme) in seen:
+            continue
+        if complaint := numerics.complaint(scheme, slot.shape):
+            mend = f"keep {slot.role}, or choose a scheme whose group divides {slot.shape[1]}"
+        elif complaint := container.complaint(scheme, slot.shape):
+            mend = f"keep {slot.role}, or choose a scheme or an export format ({', '.join(FORMATS)}) that fit each other"
+        if complaint:
             seen.add((slot.role, scheme))
-            yield (
-                f"{slot.module} {list(slot.shape)}: {complaint}",
-                f"keep {slot.role}, or choose a scheme whose group divides {slot.shape[1]}",
-            )
+            yield f"{slot.module} {list(slot.shape)}: {complaint}", mend
 
 
 def _source_complaints(source: TensorSource) -> Iterator[Complaint]:
@@ -251,7 +270,7 @@ def weight_sets(block: Block, schemes: dict[str, Scheme]) -> Iterator[WeightSet]
             yield WeightSet(slot.module, (slot,), schemes[slot.module])
 
 
-def _jobs(source: TensorSource, map: ModelMap, schemes: dict[str, Scheme]) -> Iterator[Job]:
+def _jobs(source: TensorSource, map: ModelMap, schemes: dict[str, Scheme], format: str) -> Iterator[Job]:
     """Copies and quantized sets, layer by layer; what stands outside of layers goes where it is stored: embedding first, tower last."""
     outside: dict[str, list[Slot]] = {}
     for slot in map.others:
@@ -263,38 +282,38 @@ def _jobs(source: TensorSource, map: ModelMap, schemes: dict[str, Scheme]) -> It
         for component in components:
             for slot in outside.pop(component, []):
                 yield (
-                    _quantized(by_module[slot.module], source)
+                    _quantized(by_module[slot.module], source, format)
                     if slot.module in by_module
                     else _copy(source.tensors[slot.tensor])
                 )
 
     yield from others("embed")
     for block in map.blocks:
-        yield from _block_jobs(block, source, schemes)
+        yield from _block_jobs(block, source, schemes, format)
     yield from others("norm", "head", "mtp")
     for block in map.mtp:
-        yield from _block_jobs(block, source, schemes)
+        yield from _block_jobs(block, source, schemes, format)
     yield from others(*list(outside))
 
 
-def _block_jobs(block: Block, source: TensorSource, schemes: dict[str, Scheme]) -> Iterator[Job]:
+def _block_jobs(block: Block, source: TensorSource, schemes: dict[str, Scheme], format: str) -> Iterator[Job]:
     kept = dict.fromkeys(s.tensor for s in block.slots if s.module not in schemes)
     for tensor in kept:
         yield _copy(source.tensors[tensor])
     for weights in weight_sets(block, schemes):
-        yield _quantized(weights, source)
+        yield _quantized(weights, source, format)
 
 
 def _copy(entry: TensorEntry) -> Job:
     return Job((TensorSpec(entry.name, entry.dtype, entry.shape),), copied=entry)
 
 
-def _quantized(weights: WeightSet, source: TensorSource) -> Job:
+def _quantized(weights: WeightSet, source: TensorSource, format: str) -> Job:
     outputs: list[TensorSpec] = []
     for slot in weights.slots:
         dtype = source.tensors[slot.tensor].dtype
-        outputs += layout(slot.module, (slot.shape[0], slot.shape[1]), weights.scheme, dtype)
-    return Job(tuple(outputs), quantized=weights)
+        outputs += FORMATS[format].layout(slot.module, slot.shape, weights.scheme, dtype)
+    return Job(tuple(outputs), quantized=weights, format=format)
 
 
 def _files(jobs: Sequence[Job], limit: int) -> tuple[FileLayout, ...]:

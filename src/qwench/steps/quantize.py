@@ -20,7 +20,7 @@ from qwench.checkpoint.reader import Checkpoint
 from qwench.checkpoint.source import TensorEntry
 from qwench.checkpoint.writer import CheckpointWriter
 from qwench.errors import CheckpointError
-from qwench.formats import compressed_tensors
+from qwench.formats import FORMATS
 from qwench.methods.rtn import round_fused
 from qwench.models.map import Slot
 from qwench.numerics import Quantized, Scheme
@@ -80,7 +80,7 @@ def do_job(job: Job, source: Checkpoint, writer: CheckpointWriter) -> None:
     if job.copied:
         writer.put(job.copied.name, finite_chunks(source, job.copied))
     elif job.quantized:
-        quantize_set(job.quantized, source, writer)
+        quantize_set(job.quantized, job.format, source, writer)
 
 
 def finite_chunks(source: Checkpoint, entry: TensorEntry) -> Iterator[memoryview]:
@@ -94,15 +94,15 @@ def finite_chunks(source: Checkpoint, entry: TensorEntry) -> Iterator[memoryview
         yield chunk
 
 
-def quantize_set(weights: WeightSet, source: Checkpoint, writer: CheckpointWriter) -> None:
+def quantize_set(weights: WeightSet, format: str, source: Checkpoint, writer: CheckpointWriter) -> None:
     """Read, round, pack and write the weights of one set."""
     read = [read_weight(slot, source) for slot in weights.slots]
     for slot, quantized in zip(weights.slots, round_fused(read, weights.scheme, read[0].dtype), strict=True):
-        write_quantized(slot, weights.scheme, quantized, writer)
+        write_quantized(slot, weights.scheme, quantized, format, writer)
 
 
-def write_quantized(slot: Slot, scheme: Scheme, quantized: Quantized, writer: CheckpointWriter) -> None:
-    """Pack and write one quantized weight, its round-trip error first."""
+def write_quantized(slot: Slot, scheme: Scheme, quantized: Quantized, format: str, writer: CheckpointWriter) -> None:
+    """Pack one quantized weight in a container (see `FORMATS`) and write it, its round-trip error first."""
     error = quantized.error
     assert error is not None
     remark = TensorError(
@@ -115,7 +115,7 @@ def write_quantized(slot: Slot, scheme: Scheme, quantized: Quantized, writer: Ch
         relative_rms=error.relative_rms,
     )
     writer.remark(ERROR + slot.module, remark.model_dump())
-    for name, tensor in compressed_tensors.pack(slot.module, quantized).items():
+    for name, tensor in FORMATS[format].pack(slot.module, quantized).items():
         writer.write(name, tensor)
 
 
