@@ -120,4 +120,5 @@ def test_what_has_no_trainable_rounding_says_so() -> None:
     assert tunable_complaint(SCHEMES["int4"]) is None
     assert "mxfp4 g32 has no trainable rounding" in str(tunable_complaint(SCHEMES["mxfp4"]))
     assert "fp8 channel" in str(tunable_complaint(SCHEMES["fp8"]))
+    assert "come from GPTQ" in str(tunable_complaint(dataclasses.replace(SCHEMES["int4"], ordered=True)))
     assert "(mse)" in str(tunable_complaint(dataclasses.replace(SCHEMES["int4"], search="mse")))

@@ -75,6 +75,8 @@ def tunable_complaint(scheme: Scheme) -> str | None:
     """Why there is no trainable rounding for a scheme, or None."""
     if scheme.kind not in ("int", "nvfp4"):
         return f"{scheme.label} has no trainable rounding: int and nvfp4 have"
+    if scheme.ordered:
+        return f"{scheme.label}: columns that are ordered come from GPTQ, trained rounding leaves them where they are"
     if scheme.search != "none":
         return f"a search of scales ({scheme.search}) and training them are two answers to one question: leave the search out"
     return None
