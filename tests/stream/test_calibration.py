@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
 from pathlib import Path
@@ -120,7 +121,7 @@ def test_a_long_document_does_not_fill_all_rows(folder: Path, tmp_path: Path) ->
     path = write(tmp_path / "mixed.jsonl", [book, *({"name": f"n{i}", "text": text(500 + 9 * i, 9)} for i in range(9))])
     rows = calibration_rows(folder, str(path), samples=12, length=6)
     flat = rows.ids.flatten().tolist()
-    breaks = [i for i, (here, following) in enumerate(zip(flat, flat[1:], strict=False)) if following != here + 1]
+    breaks = [i for i, (here, following) in enumerate(itertools.pairwise(flat)) if following != here + 1]
     assert max(b - a for a, b in zip([0, *breaks], [*breaks, len(flat)], strict=True)) <= 8 * 6 / 3
     assert any(n.startswith("book [") for n in rows.names) and any(n.startswith("n") for n in rows.names)
 
@@ -132,7 +133,7 @@ def test_one_long_text_is_taken_in_pieces(folder: Path, tmp_path: Path, packed: 
     rows = calibration_rows(folder, str(path), samples=5, length=9, packed=packed)
     assert rows.documents == (0,) * 5 and all(name.startswith("long.txt [") for name in rows.names)
     for row in rows.ids.tolist():
-        for here, following in zip(row, row[1:], strict=False):
+        for here, following in itertools.pairwise(row):
             assert following == here + 1 or END in (here, following)
     assert rows.ids[:, 0].tolist() != sorted(rows.ids[:, 0].tolist())
 
@@ -163,12 +164,11 @@ def talk(*contents: object) -> dict[str, object]:
 def test_conversations_go_through_the_template_with_thinking_or_without(folder: Path, tmp_path: Path) -> None:
     path = write(tmp_path / "chat.jsonl", [talk("w1 w2", "<think>\nw7\n</think>\n\nw8 w9")])
     tokenizer = load_tokenizer(folder)
+    question, answer = "<|im_start|> user w1 w2 <|im_end|> <|im_start|> assistant", "w8 w9 <|im_end|>"
     filled = calibration_rows(folder, str(path), samples=1, length=13)
-    assert tokenizer.decode(filled.ids[0]).split() == (
-        "<|im_start|> user w1 w2 <|im_end|> <|im_start|> assistant <think> w7 </think> w8 w9 <|im_end|>".split()
-    )
+    assert tokenizer.convert_ids_to_tokens(filled.ids[0]) == f"{question} <think> w7 </think> {answer}".split()
     off = calibration_rows(folder, str(path), samples=1, length=10, thinking="off")
-    assert tokenizer.decode(off.ids[0]).split() == "<|im_start|> user w1 w2 <|im_end|> <|im_start|> assistant w8 w9 <|im_end|>".split()
+    assert tokenizer.convert_ids_to_tokens(off.ids[0]) == f"{question} {answer}".split()
 
 
 def test_records_with_images_are_left_out_or_taken_without_and_counted(folder: Path, tmp_path: Path) -> None:
@@ -198,7 +198,9 @@ def test_refused_conversations_are_counted_and_the_first_is_told(folder: Path, t
 
 def test_too_few_tokens_says_how_many_there_were(folder: Path, seven: Path) -> None:
     total = sum(3 * n + 2 for n in range(7)) + 6
-    with pytest.raises(TextError, match=rf"seven\.jsonl has {total} tokens, in 7 documents; 10 rows of 13 tokens need 130") as caught:
+    with pytest.raises(
+        TextError, match=rf"seven\.jsonl has {total} tokens, in 7 documents; 10 rows of 13 tokens need 130"
+    ) as caught:
         calibration_rows(folder, str(seven), samples=10, length=13)
     assert f"set calibration.samples to {total // 13}" in caught.value.mend
     calibration_rows(folder, str(seven), samples=total // 13, length=13)
