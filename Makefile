@@ -29,8 +29,9 @@ test: check  ## style, types and all tests; those that need an absent engine ski
 engines: setup  ## engines with pins of their own, each in its own environment in a cache folder outside the clone
 	bash scripts/engines/make.sh all
 
-bench: setup  ## time, memory and quality, measured (minutes to hours, see benchmarks/README.md)
-	$(BIN)/python -m benchmarks.scale --help
+bench: setup  ## quality of the bundled recipes, then time and memory on four layers of the 9B shape (see benchmarks/README.md)
+	$(BIN)/python -m benchmarks.quality
+	$(BIN)/python -m benchmarks.scale tests/data/configs/qwen3.5-9b.json --layers 4 --work $(OUT)/bench
 
 clean:
 	rm -rf $(OUT) .pytest_cache .mypy_cache .ruff_cache

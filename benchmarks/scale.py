@@ -124,7 +124,7 @@ def main() -> None:
     if not args.keep:
         shutil.rmtree(model)
     report = {
-        "config": args.config.parent.name, "layers": config["text_config"]["num_hidden_layers"], "recipe": args.recipe,
+        "config": args.config.stem if args.config.stem != "config" else args.config.parent.name, "layers": config["text_config"]["num_hidden_layers"], "recipe": args.recipe,
         "source_bytes": source_bytes, "release_bytes": release_bytes, **measured,
         "copy_seconds": round(copy_seconds, 1), "ratio_to_copy": round(measured["wall_seconds"] / copy_seconds, 2),
         "cores": len(os.sched_getaffinity(0)), "machine": platform.processor() or platform.machine(), "torch": torch.__version__,

@@ -21,22 +21,24 @@ from qwench.display import Report, peak_rss
 from qwench.models import map_of, sketch
 from qwench.recipe import Recipe
 from qwench.result import FILE_NAME, CalibrationFacts, Evaluation, Result, RunFacts, Verification, read_result, write_result
-from qwench.steps.plan import Job, Plan, make_plan
 from qwench.steps.calibrate import calibrate, rows_for, split_jobs
+from qwench.steps.plan import Job, Plan, make_plan
 from qwench.steps.quantize import do_jobs, errors_of
 from qwench.steps.record import calibration_facts, first_record
 from qwench.stream.rows import Rows
-
 
 WALK_COPIES = 4
 """Hidden states that may lie on the disk at once: two streams, before and after a layer."""
 
 
 def shapes_of(model: str) -> TensorSource:
-    """What names and shapes a model has: from its headers, or where only its config is at hand, as that describes it."""
+    """What names and shapes a model has: from its headers, or where only its config is at hand (a lone config.json, a hub id), as that describes it."""
     folder = locate(model, weights=False).path
-    weights = any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json")) or any(folder.glob("*.bin"))
-    return Checkpoint.open(folder) if weights or not (folder / CONFIG_NAME).is_file() else sketch(read_config(folder))
+    stored = any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
+    broken = Path(model).exists() and any(folder.glob("*.safetensors.index.json"))
+    if stored or broken or not (folder / CONFIG_NAME).is_file():
+        return Checkpoint.open(folder)
+    return sketch(read_config(folder))
 
 
 def plan_for(recipe: Recipe, model: str) -> Plan:
