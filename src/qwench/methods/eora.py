@@ -129,7 +129,8 @@ def _leading(error_OI: Tensor, second_II: Tensor, rank: int) -> Tensor:
         blocks.append(block_OK)
     basis_OK = torch.linalg.qr(torch.cat(blocks, 1))[0]
     seen_KI = basis_OK.T @ error_OI
-    return basis_OK @ _largest(((seen_KI @ second_II) @ seen_KI.T).double(), rank).to(basis_OK)
+    leading_KR = _largest(((seen_KI @ second_II) @ seen_KI.T).double(), rank)
+    return torch.matmul(basis_OK, leading_KR.to(basis_OK))
 
 
 def _largest(symmetric: Tensor, count: int) -> Tensor:

@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Order = Literal["none", "static", "dynamic"]
+Order = Literal["none", "static", "grouped", "dynamic"]
 
 GREATEST_DAMPING = 1.0
 """Share of the mean diagonal beyond which a factorization is given up: what is left then is nearly plain rounding."""
@@ -48,7 +48,9 @@ class Feedback:
     dead: int
 
 
-def feedback(second_II: Tensor, order: Order, damping: float, precision: torch.dtype = torch.float64) -> Feedback | None:
+def feedback(
+    second_II: Tensor, order: Order, width: int, damping: float, precision: torch.dtype = torch.float64
+) -> Feedback | None:
     """Factors a second moment.
 
     Dead columns get the mean diagonal: nothing is known about them, so they are rounded plainly, take over no error and pass none on. (The
@@ -56,7 +58,9 @@ def feedback(second_II: Tensor, order: Order, damping: float, precision: torch.d
 
     Args:
         second_II: sums of x x^T, symmetric, any scale; not overwritten.
-        order: `none`: columns as they are; else those of the largest inputs first, while most columns are left to make up for them.
+        order: `none`: columns as they are. `static`, `dynamic`: those of the largest inputs first, while most columns are left to make up for
+            them. `grouped`: the groups of the largest inputs first, and so within each group.
+        width: columns in a group, only looked at for `grouped`.
         damping: share of the mean diagonal that is added to it. Taken times 4 until the factorization succeeds.
         precision: of the factorization; the result is float32.
 
@@ -69,17 +73,30 @@ def feedback(second_II: Tensor, order: Order, damping: float, precision: torch.d
     if not mean > 0 or not bool(second_II.sum(dtype=torch.float64).isfinite()):
         return None
     dead = diagonal <= 0
-    steps = torch.arange(len(diagonal), device=diagonal.device)
-    order_I = steps if order == "none" else torch.argsort(diagonal, descending=True, stable=True)
+    order_I = _order(diagonal, order, width)
     while damping <= GREATEST_DAMPING:
         lower = _factor(second_II, order_I.flip(0), dead, damping * mean, mean, precision)
         if lower is not None:
             pivot_I = torch.diagonal(lower).clone()
             cost_I = pivot_I.square().flip(0)
-            carry_II = lower.div_(pivot_I).float().T.flip(0, 1)
+            carry_II = lower.div_(pivot_I).float().T.flip(0, 1).contiguous()
             return Feedback(order_I, carry_II, (cost_I / cost_I.mean()).float(), damping, int(dead.sum()))
         damping = max(4 * damping, 1e-3)
     return None
+
+
+def _order(diagonal_I: Tensor, order: Order, width: int) -> Tensor:
+    """The column to round at each step. Equals stay in their order, and a group that is not full stays last."""
+    columns = torch.arange(len(diagonal_I), device=diagonal_I.device)
+    if order == "none":
+        return columns
+    if order != "grouped":
+        return torch.argsort(diagonal_I, descending=True, stable=True)
+    full = len(columns) // width * width
+    whole_GW, rest_I = diagonal_I[:full].view(-1, width), torch.argsort(diagonal_I[full:], descending=True, stable=True)
+    within_GW = torch.argsort(whole_GW, dim=1, descending=True, stable=True) + columns[:full:width, None]
+    largest_first = torch.argsort(whole_GW.mean(1), descending=True, stable=True)
+    return torch.cat([within_GW[largest_first].flatten(), rest_I + full])
 
 
 def _factor(

@@ -30,6 +30,8 @@ EXPONENT_BITS = 0x7F800000
 ONE_BITS = 0x3F800000
 FIT_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 26}
 """Elements whose scales are fitted at once: on a processor what fits its cache."""
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+"""Integers to view stored scales as, by bytes: not every device selects and permutes 8-bit floats."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Grid:
         ]
         zeros = [part.zero_GR for part in parts if part.zero_GR is not None]
         return Scales(
-            torch.cat([part.stored for part in parts], 1),
+            torch.cat([part.stored.view(_BITS[part.stored.element_size()]) for part in parts], 1).view(parts[0].stored.dtype),
             torch.cat([part.scale_GR for part in parts], 1),
             torch.cat(zeros, 1) if zeros else None,
         )
@@ -127,8 +129,9 @@ class Grid:
         stored = fit_fp8(weight_IR, across, down, self.scale_dtype)
         return Scales(stored, stored.float().repeat_interleave(down, 1)[:, :rows])
 
-    def _candidates(self, weight_GWR: Tensor) -> list[Scales]:
-        """The scales that the search tries for groups of W columns, the plain one first."""
+    def candidates(self, weight_GWR: Tensor) -> list[Scales]:
+        """The scales that the search tries for groups of W columns, the plain one first; not for `fp8`, which has no search."""
+        assert self.scheme.kind != "fp8"
         low, high = torch.amin(weight_GWR, 1), torch.amax(weight_GWR, 1)
         if self.scheme.kind == "int":
             factors = SHRINK if self.scheme.search == "mse" else (1.0,)
@@ -142,7 +145,7 @@ class Grid:
 
     def _search(self, weight_GWR: Tensor, importance_GW1: Tensor | None) -> Scales:
         """For each group and row the candidate of least squared error, the first one of equals."""
-        best, *others = self._candidates(weight_GWR)
+        best, *others = self.candidates(weight_GWR)
         if not others:
             return best
         unit, least = best.scale_GR.abs(), self._error(best, best.scale_GR.abs(), weight_GWR, importance_GW1)
@@ -150,7 +153,7 @@ class Grid:
             error = self._error(other, unit, weight_GWR, importance_GW1)
             better = error < least
             least = torch.where(better, error, least)
-            best = _choose(better, other, best)
+            best = choose(better, other, best)
         return best
 
     def _error(self, fit: Scales, unit_GR: Tensor, weight_GWR: Tensor, importance_GW1: Tensor | None) -> Tensor:
@@ -163,9 +166,17 @@ class Grid:
         return (error if importance_GW1 is None else error.mul_(importance_GW1)).sum(1)
 
 
-def _choose(where: Tensor, one: Scales, other: Scales) -> Scales:
-    """`one` where told, else `other`. Stored bytes are chosen as bits: not every device selects among 8-bit floats."""
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[one.stored.element_size()]
+def joined(fits: list[Scales], order: Tensor) -> Scales:
+    """Scales of single groups, put in order: `order` holds the place in `fits` of each group."""
+    stored = torch.cat([fit.stored for fit in fits])
+    scale_GR, zeros = torch.cat([fit.scale_GR for fit in fits]), [fit.zero_GR for fit in fits if fit.zero_GR is not None]
+    bits = _BITS[stored.element_size()]
+    return Scales(stored.view(bits)[order].view(stored.dtype), scale_GR[order], torch.cat(zeros)[order] if zeros else None)
+
+
+def choose(where: Tensor, one: Scales, other: Scales) -> Scales:
+    """`one` where told, else `other`."""
+    bits = _BITS[one.stored.element_size()]
     zero = None
     if one.zero_GR is not None and other.zero_GR is not None:
         zero = torch.where(where, one.zero_GR, other.zero_GR)
