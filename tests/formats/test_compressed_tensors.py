@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qwench.checkpoint.source import TORCH_DTYPE
 from qwench.errors import CheckpointError
-from qwench.formats.compressed_tensors import FORMAT_OF, layout, pack, quantization_config, unpack
+from qwench.formats.compressed_tensors import FORMAT_OF, complaint, layout, pack, quantization_config, scheme_of, unpack
 from qwench.formats.quantization_config import weight_arguments
 from qwench.numerics import SCHEMES, Quantized, Scheme, decode, encode
 from qwench.numerics.float4 import power_of_two
@@ -166,6 +166,41 @@ def test_wrong_tensors_are_named(change: object, words: str) -> None:
         unpack(MODULE, tensors, SCHEMES["nvfp4"], (24, 256))
     assert MODULE in error.value.what
     assert error.value.mend
+
+
+@pytest.mark.parametrize("name", ["int4 g32", "int8", "int4-asym"])
+def test_ordered_columns_are_written_and_read(name: str) -> None:
+    """As the library had it until 2026 (`actorder: group`): the scales stand where the groups are, `weight_g_idx` says whose they are."""
+    shape = (19, 384)
+    scheme = dataclasses.replace(SEVERAL[name], ordered=True)
+    rounded = encode(weight_of(shape), SEVERAL[name])
+    order = torch.randperm(384, generator=torch.Generator().manual_seed(2)).to(torch.int32) // (scheme.group or 384)
+    written = dataclasses.replace(rounded, scheme=scheme, group_of_column=order)
+    tensors = pack(MODULE, written)
+    assert {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()} == {
+        s.name: (TORCH_DTYPE[s.dtype], s.shape) for s in layout(MODULE, shape, scheme)
+    }
+    read = unpack(MODULE, tensors, scheme, shape)
+    assert read.group_of_column is not None and torch.equal(read.group_of_column, order)
+    scales = rounded.scales.float()[:, order.long()]
+    zeros = 0 if rounded.zeros is None else rounded.zeros.float()[:, order.long()]
+    assert torch.equal(decode(read), (rounded.codes.float() - zeros) * scales)
+    assert scheme_of(
+        {"config_groups": {"g": {"targets": ["Linear"], "format": "pack-quantized", "weights": weight_arguments(scheme)}}},
+        MODULE,
+    ) == (dataclasses.replace(scheme, full_range=False))
+    del tensors[f"{MODULE}.weight_g_idx"]
+    with pytest.raises(CheckpointError, match="weight_g_idx is missing"):
+        unpack(MODULE, tensors, scheme, shape)
+
+
+def test_ordered_columns_are_not_offered() -> None:
+    """The library that our bytes are checked against refuses them, and with it transformers; vLLM 0.32 does too."""
+    ordered = dataclasses.replace(SEVERAL["int4 g32"], ordered=True)
+    assert "lost the order" in str(complaint(ordered, (8, 96)))
+    with pytest.raises(ValueError, match="has been removed"):
+        library_scheme(ordered)
+    assert all(complaint(scheme, (8, 384)) is None for scheme in SEVERAL.values())
 
 
 def test_a_quantized_weight_that_was_read_has_no_error() -> None:

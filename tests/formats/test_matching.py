@@ -89,3 +89,11 @@ def test_exact_pattern_knows_every_engines_prefix(module: str, also: str) -> Non
     assert matches(line, module)
     assert matches(line, also)
     assert not matches(line, module + "x")
+
+
+def test_other_beginnings_can_be_asked_for() -> None:
+    scopes = {"trunk": r"re:^stem\.layers\.", "mtp": r"re:^mtp\.layers\."}
+    wanted = ["model.layers.1.mlp.down_proj", "model.layers.4.mlp.down_proj", "mtp.layers.0.mlp.down_proj"]
+    lines = patterns(wanted, ["model.layers.2.mlp.down_proj"], scopes=scopes)
+    assert lines == [r"re:^mtp\.layers\.\d+\.mlp\.(?:down_proj)$", r"re:^stem\.layers\.(?:1|4)\.mlp\.(?:down_proj)$"]
+    assert exact_pattern("model.layers.7.mlp.down_proj", scopes).startswith(r"re:^stem\.layers\.7")

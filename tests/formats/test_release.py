@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ QUANTIZED = {
     "model.layers.2.mlp.up_proj": SCHEMES["fp8"],
     "model.layers.2.mlp.down_proj": SCHEMES["fp8-block"],
     "model.layers.3.mlp.experts.0.gate_proj": SCHEMES["int8-asym"],
+    "model.layers.4.mlp.up_proj": dataclasses.replace(SCHEMES["int4-asym"], ordered=True),
 }
 KEPT = ["model.layers.3.self_attn.q_proj", "lm_head"]
 
@@ -38,6 +40,9 @@ def write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> P
 def parts_of(schemes: dict[str, Scheme]) -> tuple[dict[str, Quantized], dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(0)
     rounded = {m: encode(torch.randn(ROWS, COLUMNS, generator=generator).bfloat16(), s) for m, s in schemes.items()}
+    for m, s in schemes.items():
+        if s.ordered and s.group:
+            rounded[m].group_of_column = torch.randperm(COLUMNS, generator=generator).to(torch.int32) // s.group
     tensors = {name: tensor for m, q in rounded.items() for name, tensor in pack(m, q).items()}
     return rounded, tensors
 

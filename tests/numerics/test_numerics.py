@@ -28,6 +28,8 @@ from qwench.numerics import SCHEMES, Scheme, complaint, decode, encode
         (Scheme("nvfp4", 4, group=16, symmetric=False), (6, 64), "only int can be asymmetric"),
         (Scheme("int", 4, group=32, symmetric=False, full_range=True), (6, 64), "says that it is symmetric"),
         (Scheme("fp8", 8, full_range=True), (6, 64), "full_range is for int"),
+        (dataclasses.replace(SCHEMES["nvfp4"], ordered=True), (6, 64), "can be ordered only in int with groups"),
+        (Scheme("int", 4, ordered=True), (6, 64), "can be ordered only in int with groups"),
         (dataclasses.replace(SCHEMES["fp8"], search="mse"), (6, 64), "no mse search"),
         (dataclasses.replace(SCHEMES["int4"], search="four-over-six"), (6, 128), "is for nvfp4"),
     ],
