@@ -10,7 +10,7 @@ Letters in names: I input columns in the order of the steps (or of the matrix, w
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -87,12 +87,13 @@ class ColumnRounder:
     def matrix(self, weight: Tensor, outer: Tensor | None) -> Quantized:
         """One matrix [out, in] of any floating dtype, on any device; the result is on the processor."""
         codes, scales, zeros, sums = zip(*self._chunks(weight), strict=True)
+        scheme = self.grid.scheme
         return Quantized(
-            self.grid.scheme,
+            replace(scheme, ordered=True) if self.regrouped else scheme,
             torch.cat(codes),
             torch.cat(scales),
             None if zeros[0] is None else torch.cat(zeros),
-            outer if self.grid.scheme.kind == "nvfp4" else None,
+            outer if scheme.kind == "nvfp4" else None,
             self.group_of_step[self.step_of_column].int().cpu() if self.regrouped else None,
             error=round_trip(list(sums), weight.numel()),
         )
@@ -132,17 +133,23 @@ class ColumnRounder:
         return self.grid.fit(weight_IR, cost_I if self.by_output else None)
 
     def _fit_group(self, weight_BR: Tensor, target_BR: Tensor, here: slice) -> Scales:
-        """Scales of one group from its targets as they are before its first column is rounded."""
+        """Scales of one group from its weights as they have been moved before its first column is rounded.
+
+        Targets are what columns are rounded towards once those before them are; what they have been moved to so far, as far as can be told,
+        assumes that the others of the group will be rounded without error: F (moved - w) = target - w.
+        """
+        carry_BB = self.feedback.carry_II[here, here]
+        shift_BR = target_BR - weight_BR
+        moved_BR = weight_BR + torch.linalg.solve_triangular(carry_BB, shift_BR, upper=False, unitriangular=True)
         if not self.by_output or self.grid.scheme.search == "none":
-            return self.grid.fit(target_BR)
-        cost_B1, carry_BB = self.feedback.cost_I[here, None], self.feedback.carry_II[here, here]
-        moved_BR, within_BB = target_BR - weight_BR, torch.tril(carry_BB, -1)
+            return self.grid.fit(moved_BR)
+        cost_B1, within_BB = self.feedback.cost_I[here, None], torch.tril(carry_BB, -1)
         best, least_R = None, torch.empty(0)
-        for candidate in self.grid.candidates(target_BR.unsqueeze(0)):
+        for candidate in self.grid.candidates(moved_BR.unsqueeze(0)):
             error_BR = weight_BR.clone()
             _round_block(self.grid, candidate, [0] * len(error_BR), carry_BB, error_BR, target_BR.clone())
             # target - q = (w - q) + what came from errors before the group + what came from errors within it
-            missed_BR = torch.addmm(error_BR + moved_BR, within_BB, error_BR)
+            missed_BR = torch.addmm(error_BR + shift_BR, within_BB, error_BR)
             loss_R = missed_BR.square_().mul_(cost_B1).sum(0)
             better_R = loss_R < least_R if best else torch.ones_like(loss_R, dtype=torch.bool)
             least_R = torch.where(better_R, loss_R, least_R) if best else loss_R

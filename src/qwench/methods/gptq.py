@@ -38,8 +38,8 @@ class GptqOptions:
         block: columns whose targets are computed in one matrix product; changes the speed, not the result.
         order: `none`: columns as they are. `static`: those of the largest inputs first; groups keep their columns, so a file does not show it.
             `grouped`: the same, but group after group. `dynamic` (desc_act): the order of `static`, and groups are formed along it: large
-            inputs share scales; the file must hold the group of each column, `g_idx`. None: `grouped` for `int` and `nvfp4` where scales are
-            searched (groups that are done one by one can be searched by the output), else `static`.
+            inputs share scales; only `int` files can hold the group of each column (`g_idx`), other schemes get what None gives. None: `grouped`
+            for `int` and `nvfp4` where scales are searched (groups that are done one by one can be searched by the output), else `static`.
         scales: `fixed`: from the original weights. `updated`: from what feedback has made of a group when its first column is rounded; not with
             the order `static`, which has many groups half done. None: `updated` where the order allows it.
         judge: what a search of scales (`Scheme.search`) minimizes: the squared error of the `weights`, or of the `output`.
@@ -55,7 +55,7 @@ class GptqOptions:
 
     def order_for(self, scheme: Scheme) -> Order:
         """The order that a scheme gets."""
-        if self.order is not None:
+        if self.order is not None and (self.order != "dynamic" or scheme.kind == "int"):
             return self.order
         return "grouped" if scheme.search != "none" and scheme.kind in ("int", "nvfp4") else "static"
 
@@ -98,8 +98,6 @@ def contradiction(options: GptqOptions, scheme: Scheme) -> str | None:
         return f"damping {options.damping} is not within 0..{GREATEST_DAMPING:g}"
     if options.block < 1:
         return f"a block of {options.block} columns cannot be"
-    if options.order == "dynamic" and scheme.kind != "int":
-        return f"no file in {scheme.label} says which group a column is in: dynamic order is for int, use grouped"
     if options.order_for(scheme) == "static" and options.updates_scales(scheme):
         return "the order static does not finish one group before the next, so scales cannot be updated: use fixed scales or grouped"
     return None
@@ -128,7 +126,8 @@ def gptq(
         enough: with fewer tokens than this the set is rounded to nearest, with scales of least squared error, and the report says so.
 
     Returns:
-        One result per member, on the processor, and what was done. With the order `dynamic` all members have one `group_of_column`.
+        One result per member, on the processor, and what was done. With the order `dynamic` all members have one `group_of_column`, and
+        a scheme that is `ordered` (but where a row is one group, and in a fallback).
     """
     options = options or GptqOptions()
     assert (wrong := contradiction(options, scheme)) is None, wrong
