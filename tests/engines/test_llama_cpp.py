@@ -115,5 +115,5 @@ def test_two_models_in_a_folder_are_one_too_many(tmp_path: Path) -> None:
 
 def test_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llama_cpp, "PACKAGE", "no_such_package")
-    with pytest.raises(EngineError, match="no llama.cpp in this environment"):
+    with pytest.raises(EngineError, match=r"no llama.cpp in this environment"):
         llama_cpp.run(Request(Path("x"), [[1, 2]]))

@@ -119,5 +119,5 @@ def test_a_patch_of_another_number_of_frames_is_refused() -> None:
     config = tiny_config()
     config["vision_config"]["temporal_patch_size"] = 3
     source = sketch(config)
-    with pytest.raises(CheckpointError, match="embeds 3 frames at a time, llama.cpp knows 2"):
+    with pytest.raises(CheckpointError, match=r"embeds 3 frames at a time, llama.cpp knows 2"):
         gguf_tensors(source.config, map_of(source), "vision")

@@ -84,12 +84,7 @@ class Importance:
         where = f"importance matrix {self.file}" if self.file else "the importance matrix"
         for name, entry in self.entries.items():
             if name in tensors:
-                have, need = tuple(entry.squares.shape), (len(tensors[name].tensor.slots), tensors[name].tensor.columns)
-                if have != need:
-                    raise CheckpointError(
-                        f"{where} has {list(have)} experts and channels for {name}, the model has {list(need)}",
-                        "use the importance matrix of this very model",
-                    )
+                _check_entry(where, entry, tensors[name].tensor)
         known = [n for n in self.entries if n in tensors]
         if not known:
             raise CheckpointError(f"{where} names no tensor of this model", "use the importance matrix of this very model")
@@ -101,6 +96,19 @@ class Importance:
             for n, count in unreached.items()
             if count
         ]
+
+
+def _check_entry(where: str, entry: Entry, tensor: GgufTensor) -> None:
+    have, need = tuple(entry.squares.shape), (len(tensor.slots), tensor.columns)
+    if have != need:
+        raise CheckpointError(
+            f"{where} has {list(have)} experts and channels for {tensor.name}, the model has {list(need)}",
+            "use the importance matrix of this very model",
+        )
+    if not (torch.isfinite(entry.squares).all() and (entry.squares >= 0).all()):
+        raise CheckpointError(
+            f"{where} has sums for {tensor.name} that are not finite or below 0", "compute it again: it is damaged"
+        )
 
 
 def in_file_order(tensor: GgufTensor, squares: Tensor) -> Tensor:
@@ -117,7 +125,7 @@ def write_importance(path: Path, importance: Importance) -> None:
     writer.kv_data[0].clear()  # the format has no architecture
     for entry in (
         Field("general.type", "string", "imatrix"),
-        Field("imatrix.datasets", "strings", list(importance.texts)),
+        Field("imatrix.datasets", "strings", list(importance.texts) or [""]),  # llama.cpp wants the key, GGUF no empty list
         Field("imatrix.chunk_count", "uint32", importance.rows),
         Field("imatrix.chunk_size", "uint32", importance.length),
     ):
@@ -165,4 +173,4 @@ def _facts(reader: gguf.GGUFReader) -> tuple[tuple[str, ...], int, int]:
 
     texts = of("imatrix.datasets", [])
     named: Sequence[str] = texts if isinstance(texts, list) else [str(texts)]
-    return tuple(named), int(str(of("imatrix.chunk_size", 512))), int(str(of("imatrix.chunk_count", 0)))
+    return tuple(n for n in named if n), int(str(of("imatrix.chunk_size", 512))), int(str(of("imatrix.chunk_count", 0)))

@@ -6,6 +6,7 @@ of it goes to a hidden file beside the target, which gets its name when everythi
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ from qwench.numerics.ggml import Encoder, encoder
 
 ELEMENTS = 1 << 24
 """Values that are read and encoded at a time: 64 MiB as float32."""
+LARGEST = float(torch.finfo(torch.float16).max)
+"""Scales are float16 numbers in every quantized type, and no healthy weight is beyond them."""
 
 
 def write_gguf(
@@ -54,9 +57,9 @@ def write_gguf(
         raise OutputError(f"{path} exists already", "choose another name, or remove that file")
     if not path.parent.is_dir():
         raise OutputError(f"the folder {path.parent} does not exist", "make it first, or mend the path")
-    head = header(plan, fields_of(plan, source))
     if importance is not None:
         importance.check(plan)
+    head = header(plan, fields_of(plan, source))
     beside = path.with_name(f".{path.name}.partial")
     with output_errors(beside, len(head) + plan.tensor_bytes):
         try:
@@ -120,17 +123,22 @@ def matrices(source: TensorSource, tensor: GgufTensor, slot: Slot) -> Iterator[T
         weight = source.read(slot.tensor, part).to(torch.float32)
         for transform in tensor.transforms:
             weight = transform.apply(weight)
-        if not torch.isfinite(weight).all():
-            raise CheckpointError(
-                f"{slot.tensor} holds NaN or infinity, so {tensor.name} cannot be written",
-                "take the tensor from the original checkpoint",
-            )
+        _check_values(weight, slot, tensor)
         yield weight.reshape(-1, tensor.columns)
+
+
+def _check_values(weight: Tensor, slot: Slot, tensor: GgufTensor) -> None:
+    highest = float(weight.abs().max()) if weight.numel() else 0.0  # NaN stays NaN
+    if not highest <= LARGEST:
+        what = "NaN or infinity" if not math.isfinite(highest) else f"{highest:.3g}, more than any scale can hold"
+        raise CheckpointError(
+            f"{slot.tensor} holds {what}, so {tensor.name} cannot be written", "take the tensor from the original checkpoint"
+        )
 
 
 def _parts(tensor: GgufTensor, slot: Slot) -> Iterator[Part]:
     """Parts of the stored tensor that make up the weight, in order."""
-    rows = max(1, ELEMENTS // max(1, int(np.prod(slot.shape[1:], dtype=np.int64))))
+    rows = max(1, ELEMENTS // max(1, math.prod(slot.shape[1:])))
     if not tensor.by_rows or len(slot.shape) < 2 or slot.shape[0] <= rows:
         yield slot.part
         return
