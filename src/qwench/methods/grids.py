@@ -87,7 +87,7 @@ class Grid:
         ]
         zeros = [part.zero_GR for part in parts if part.zero_GR is not None]
         return Scales(
-            torch.cat([part.stored.view(_BITS[part.stored.element_size()]) for part in parts], 1).view(parts[0].stored.dtype),
+            _joined_bits([part.stored for part in parts], 1).view(parts[0].stored.dtype),
             torch.cat([part.scale_GR for part in parts], 1),
             torch.cat(zeros, 1) if zeros else None,
         )
@@ -168,10 +168,13 @@ class Grid:
 
 def joined(fits: list[Scales], order: Tensor) -> Scales:
     """Scales of single groups, put in order: `order` holds the place in `fits` of each group."""
-    stored = torch.cat([fit.stored for fit in fits])
-    scale_GR, zeros = torch.cat([fit.scale_GR for fit in fits]), [fit.zero_GR for fit in fits if fit.zero_GR is not None]
-    bits = _BITS[stored.element_size()]
-    return Scales(stored.view(bits)[order].view(stored.dtype), scale_GR[order], torch.cat(zeros)[order] if zeros else None)
+    stored = _joined_bits([fit.stored for fit in fits], 0)[order].view(fits[0].stored.dtype)
+    zeros = [fit.zero_GR for fit in fits if fit.zero_GR is not None]
+    return Scales(stored, torch.cat([fit.scale_GR for fit in fits])[order], torch.cat(zeros)[order] if zeros else None)
+
+
+def _joined_bits(parts: list[Tensor], dimension: int) -> Tensor:
+    return torch.cat([part.view(_BITS[part.element_size()]) for part in parts], dimension)
 
 
 def choose(where: Tensor, one: Scales, other: Scales) -> Scales:
