@@ -21,10 +21,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-DEFAULTS = tuple(
-    f"attn.{part}" for part in ("q_scale", "k_scale", "v_scale", "prob_scale", "q_zero_point", "k_zero_point", "v_zero_point")
+DEFAULTS = (
+    *(
+        f"attn.{part}"
+        for part in ("q_scale", "k_scale", "v_scale", "prob_scale", "q_zero_point", "k_zero_point", "v_zero_point")
+    ),
+    "experts.w13_bias",
+    "experts.w2_bias",
 )
-"""Parameters that a checkpoint may lack: those of a quantized KV cache have values from the start."""
+"""Parameters that a checkpoint may lack: those of a quantized KV cache and the biases that GPTQ experts are given have values from the start."""
 
 KEPT = 1 << 16
 """Parameters of at most so many bytes get their first value back where no tensor reached them."""

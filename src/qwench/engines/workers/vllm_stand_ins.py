@@ -58,6 +58,8 @@ def install() -> None:
     _linear_integer()
     _experts_nvfp4()
     _experts_integer()
+    _experts_gptq()
+    _auto_round()
 
 
 def _linear_nvfp4() -> None:
@@ -94,7 +96,8 @@ def _linear_nvfp4() -> None:
 
 def _linear_integer() -> None:
     from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearKernel
-    from vllm.model_executor.layers.quantization.compressed_tensors.schemes import compressed_tensors_wNa16 as module
+    from vllm.model_executor.layers.quantization import auto_gptq
+    from vllm.model_executor.layers.quantization.compressed_tensors.schemes import compressed_tensors_wNa16
 
     class StandIn(MPLinearKernel):  # type: ignore[misc]
         @classmethod
@@ -108,13 +111,16 @@ def _linear_integer() -> None:
         def process_weights_after_loading(self, layer: Any) -> None:
             packed, scales, zeros = self._get_weight_params(layer)
             bits = self.config.weight_type.size_bits
-            values = integer_values(packed.data, scales.data, zeros.data if self.config.zero_points else None, bits)
+            if packed.input_dim == 0:  # GPTQ: [in, out]
+                values = integer_values(packed.data.t(), scales.data.t(), None, bits)
+            else:
+                values = integer_values(packed.data, scales.data, zeros.data if self.config.zero_points else None, bits)
             layer.weight = nn.Parameter(values.to(scales.dtype), requires_grad=False)
 
         def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
             return nn.functional.linear(x, layer.weight, bias)
 
-    choose = module.choose_mp_linear_kernel
+    choose = compressed_tensors_wNa16.choose_mp_linear_kernel
 
     def choose_or_stand_in(config: Any) -> Any:
         try:
@@ -127,7 +133,8 @@ def _linear_integer() -> None:
             return StandIn
         return kernel
 
-    module.choose_mp_linear_kernel = choose_or_stand_in
+    compressed_tensors_wNa16.choose_mp_linear_kernel = auto_gptq.choose_mp_linear_kernel = choose_or_stand_in
+    auto_gptq.verify_marlin_supported = lambda *arguments, **named: None  # the choice of a kernel finds out
 
 
 class NoExperts:
@@ -153,9 +160,9 @@ def _offer_experts(module: Any, cls: Any, select: str, what: str, decode: Any) -
     """Where `select` finds no backend, let the layer load in the file's format and run on what `decode` makes of it."""
     choose, process = getattr(module, select), cls.process_weights_after_loading
 
-    def choose_or_stand_in(**arguments: Any) -> Any:
+    def choose_or_stand_in(*arguments: Any, **named: Any) -> Any:
         try:
-            return choose(**arguments)
+            return choose(*arguments, **named)
         except (ValueError, NotImplementedError, AttributeError):
             note(what)
             return None, NoExperts
@@ -201,3 +208,37 @@ def _experts_integer() -> None:
         return values("w13"), values("w2")
 
     _offer_experts(module, module.CompressedTensorsWNA16MoEMethod, "select_wna16_moe_backend", "integer experts", decode)
+
+
+def _experts_gptq() -> None:
+    from vllm.model_executor.layers.quantization import auto_gptq as module
+
+    def decode(method: Any, layer: Any) -> tuple[Tensor, Tensor]:
+        def values(part: str) -> Tensor:
+            packed, scales = (getattr(layer, f"{part}_{name}").data.transpose(1, 2) for name in ("qweight", "scales"))
+            return integer_values(packed, scales, None, method.quant_config.quant_type.size_bits)
+
+        return values("w13"), values("w2")
+
+    _offer_experts(module, module.AutoGPTQMoEMethod, "select_wna16_moe_backend", "integer experts", decode)
+
+
+def _auto_round() -> None:
+    """On a CPU vLLM refuses auto-round's INT8 layers and takes its experts for unquantized ones; elsewhere it reads both as GPTQ's."""
+    from vllm.model_executor.layers.quantization.inc.inc_linear import INCLinearMethod
+    from vllm.model_executor.layers.quantization.inc.schemes import inc_wna16_linear, inc_wna16_scheme
+
+    linear = inc_wna16_scheme.INCWna16Scheme.get_linear_method
+
+    def linear_or_gptq(scheme: Any, config: Any, layer: Any, prefix: str, layer_config: Any) -> Any:
+        try:
+            return linear(scheme, config, layer, prefix, layer_config)
+        except NotImplementedError:
+            return INCLinearMethod(inc_wna16_linear.INCWNA16LinearScheme(layer_config))
+
+    def experts_as_gptq(scheme: Any, config: Any, layer: Any, prefix: str, layer_config: Any) -> Any:
+        return inc_wna16_scheme._resolve_gptq_moe(layer, layer_config)
+
+    inc_wna16_linear.check_marlin_supported = lambda *arguments, **named: True
+    inc_wna16_scheme.INCWna16Scheme.get_linear_method = linear_or_gptq
+    inc_wna16_scheme.INCWna16Scheme.get_moe_method = experts_as_gptq

@@ -19,6 +19,9 @@ from vllm_ledger import Ledger  # type: ignore[import-not-found]
 UNREAD = "input_global_scale"
 """Allocated for NVFP4 experts, and not read where activations stay as they are."""
 
+ORDER = ".g_idx"
+"""The order of columns in GPTQ files. vLLM refuses files that have one, and drops the tensors of those that have none."""
+
 
 def main(folder: Path) -> None:
     request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
@@ -128,6 +131,9 @@ def _images(llm: Any, request: dict[str, Any], config: dict[str, Any]) -> dict[s
 def _account(ledger: Ledger, answer: dict[str, Any]) -> None:
     quantizes_activations = any(name.endswith(UNREAD) for load in ledger.loads for name in load.given)
     answer["consumed"] = ledger.consumed
+    answer["ignored"] = {
+        name: "vLLM drops g_idx: nothing is ordered" for load in ledger.loads for name in load.given if name.endswith(ORDER)
+    }
     answer["uninitialized"] = [n for n in ledger.uninitialized if quantizes_activations or not n.endswith(UNREAD)]
     answer["notes"] = [
         f"{load.model}: {len(load.given)} tensors handed over, {len(load.consumed)} taken" for load in ledger.loads
