@@ -30,6 +30,9 @@ ALIGNMENT = 32
 """Every tensor begins at a multiple of so many bytes behind the header."""
 VISION_TYPES = (*UNQUANTIZED, "Q8_0")
 """What the tower can be stored in: llama.cpp's converter makes no others, and quantizers leave it alone."""
+FLOAT16 = (
+    "F16: llama.cpp rounds what it multiplies with F16 matrices to float16, which Gated DeltaNet's values overflow: prefer BF16"
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class GgufPlan:
         file_type: its mix.
         name: of the model, for people.
         tensors: in the file's order.
-        notes: fallbacks; one sentence each.
+        notes: fallbacks and warnings; one sentence each.
         map: of the source.
     """
 
@@ -131,7 +134,8 @@ def plan_gguf(
         raise PlanError(complaints)
     mix = _mix(source, map, tensors, file_type, importance)
     planned = tuple(_planned(t, file_type, mix, overrides) for t in tensors)
-    return GgufPlan(content, file_type, name or source.folder.name, planned, tuple(_notes(planned)), map)
+    notes = [*_notes(planned), *([FLOAT16] if file_type == "F16" and content != "vision" else [])]
+    return GgufPlan(content, file_type, name or source.folder.name, planned, tuple(notes), map)
 
 
 def fields_of(plan: GgufPlan, source: TensorSource) -> list[Field]:
