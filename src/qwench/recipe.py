@@ -102,13 +102,14 @@ def layer_range(text: str) -> tuple[int, int | None]:
 
 class GptqSettings(Strict):
     """Attributes:
-    order: activation order: `dynamic` (desc_act: groups follow the order, a g_idx is stored), `static` (groups stay where they are), `none`.
+    order: activation order. `grouped`: whole groups by importance, then columns within them. `static`: columns by importance, groups stay where they are. `dynamic`
+        (desc_act): groups follow the order, a g_idx is stored, and few engines read it. `none`. Left out: what is best for each scheme.
     damping: added to the second moment's diagonal, as a share of its mean.
     least_tokens: a weight that fewer tokens reached is rounded with searched scales instead, and reported.
     """
 
-    order: Literal["dynamic", "static", "none"] = "static"
-    damping: float = Field(0.01, gt=0, le=1)
+    order: Literal["grouped", "static", "dynamic", "none"] | None = None
+    damping: float = Field(0.03, gt=0, le=1)
     least_tokens: int = Field(128, ge=1)
 
 

@@ -96,8 +96,9 @@ def test_a_scale_for_a_moe_norm_reaches_router_and_shared_gate(tmp_path: Path) -
 
 RECIPE = """
 name: t
+calibration: {{samples: 12, length: 256}}
 steps:
-{smooth}  - quantize: {{method: {method}, rules: [{{roles: [mlp.*, attention.*, delta.qkv, delta.z, delta.out], scheme: int4, layers: 1..}}]}}
+{smooth}  - quantize: {{method: {method}, autoround: {{iterations: 12}}, rules: [{{roles: [mlp.*, attention.*, delta.qkv, delta.z, delta.out], scheme: int4, layers: 1..}}]}}
 {correct}  - export: {{format: compressed-tensors}}
 """
 
@@ -106,6 +107,8 @@ def recipe_of(method: str, smooth: bool = False, correct: bool = False) -> Recip
     text = RECIPE.format(
         method=method, smooth="  - smooth: {}\n" if smooth else "", correct="  - correct: {rank: 16}\n" if correct else ""
     )
+    if method == "rtn" and not smooth:
+        text = text.replace("calibration: {samples: 12, length: 256}\n", "")
     return parse_recipe(text, "t")
 
 
@@ -115,14 +118,17 @@ def error_of(release: Path, source: Path, ids: Tensor) -> float:
     return float((a - b).square().mean())
 
 
-def test_gptq_on_the_trained_demo_is_closer_than_rounding(tmp_path: Path) -> None:
+def test_calibrated_methods_on_the_trained_demo_are_closer_than_rounding(tmp_path: Path) -> None:
     source = checkpoint("dense")
-    for method in ("rtn", "gptq"):
+    for method in ("rtn", "gptq", "autoround"):
         run_recipe(recipe_of(method), str(source), tmp_path / method, 0, QUIET)
+    run_recipe(recipe_of("gptq", correct=True), str(source), tmp_path / "eora", 0, QUIET)
     from qwench.stream.rows import held_out_rows
 
     ids = held_out_rows(source, 4, 256).ids
-    assert error_of(tmp_path / "gptq", source, ids) < 0.8 * error_of(tmp_path / "rtn", source, ids)
+    rounding = error_of(tmp_path / "rtn", source, ids)
+    assert error_of(tmp_path / "gptq", source, ids) < 0.8 * rounding
+    assert error_of(tmp_path / "autoround", source, ids) < 0.95 * rounding, "twelve steps are few"
     record = read_result(tmp_path / "gptq").calibration
     assert record is not None and record.rows > 0
     assert sum("of rounding" in said for said in record.reports.values()) >= 7 * 2

@@ -19,14 +19,14 @@ from qwench.checkpoint.source import TORCH_DTYPE
 from qwench.checkpoint.writer import CheckpointWriter
 from qwench.models.map import Slot
 from qwench.recipe import Recipe
-from qwench.steps.changes import Rounding, Smoothing
+from qwench.steps.changes import Rounding, Smoothing, Tuning
 from qwench.steps.plan import Job, Plan
 from qwench.steps.quantize import finite_chunks, write_quantized
+from qwench.stream.calibration import calibration_rows
 from qwench.stream.hidden import HiddenFiles
 from qwench.stream.live import LiveBlock
-from qwench.stream.rows import Rows, carried_text, rows_from_text
+from qwench.stream.rows import Rows
 from qwench.stream.walk import Change, Tell, Walk, walk
-
 
 REPORT = "report "
 """What the keys of remarks about methods begin with."""
@@ -47,7 +47,8 @@ class Calibrated:
 
 def rows_for(recipe: Recipe, folder: Path) -> Rows:
     """The calibration rows of a recipe, in the tokens of the checkpoint in `folder`. Raises TextError."""
-    return rows_from_text(carried_text("calibration.jsonl"), folder, 16, 512)
+    assert recipe.calibration is not None
+    return calibration_rows(folder, **recipe.calibration.model_dump())
 
 
 def split_jobs(plan: Plan) -> tuple[list[Job], dict[int, list[Job]]]:
@@ -67,7 +68,8 @@ def changes_of(recipe: Recipe, plan: Plan) -> list[Change]:
     if recipe.smooth:
         changes.append(Smoothing(recipe.smooth, plan.schemes, plan.source))
     if recipe.quantize:
-        changes.append(Rounding(recipe.quantize, recipe.correct, plan.schemes))
+        tuned = recipe.quantize.method == "autoround"
+        changes.append((Tuning if tuned else Rounding)(recipe.quantize, recipe.correct, plan.schemes))
     return changes
 
 

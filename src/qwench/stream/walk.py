@@ -53,12 +53,14 @@ class Rows:
     Attributes:
         changed: hidden states that the changed network puts out.
         original: those of the original network; None where no change asked for them.
+        targets: what the original layer makes of `original`; None likewise.
         batch: rows to take at once.
         sound: rows whose hidden states are finite.
     """
 
     changed: Hidden
     original: Hidden | None
+    targets: Hidden | None
     batch: int
     sound: Tensor
 
@@ -123,28 +125,29 @@ def walk(
         live = LiveBlock(source, map, trunk.modules, index, settings.compute)
         rows = _rows(settings, files, index, sound)
         _look_for_lost_rows(settings, rows, index)
-        original_weights = {n: w.clone() for n, w in live.weights.items()} if "original" in settings.streams else None
+        if "original" in settings.streams:
+            files.put("original", index + 1, _through(live, files.before("original", index), settings.batch))
         for change in settings.changes:
             tell(index, len(map.blocks), f"{change.name}, {tokens / max(1e-9, time.monotonic() - started):.0f} tokens/s")
             change(live, rows)
         emit(live)
-        for stream in settings.streams:
-            weights = original_weights if stream == "original" and original_weights is not None else live.weights
-            files.put(stream, index + 1, _through(live, weights, files.before(stream, index), settings.batch))
+        if "changed" in settings.streams:
+            files.put("changed", index + 1, _through(live, files.before("changed", index), settings.batch))
         files.forget(index)
         tokens += ids_NT.numel()
         tell(index + 1, len(map.blocks), f"{tokens / (time.monotonic() - started):.0f} tokens/s")
 
 
 def _rows(settings: Walk, files: HiddenFiles, index: int, sound: Tensor) -> Rows:
-    original = files.before("original", index) if "original" in settings.streams else None
-    return Rows(files.before(settings.streams[0], index), original, settings.batch, sound)
+    original = targets = None
+    if "original" in settings.streams:
+        original, targets = files.before("original", index), files.before("original", index + 1)
+    return Rows(files.before(settings.streams[0], index), original, targets, settings.batch, sound)
 
 
-@torch.no_grad()
-def _through(live: LiveBlock, weights: dict[str, Tensor], hidden: Hidden, batch: int) -> Iterator[Tensor]:
+def _through(live: LiveBlock, hidden: Hidden, batch: int) -> Iterator[Tensor]:
     for part in hidden.batches(batch):
-        yield live.run_with(weights, part)
+        yield live.run(part)
 
 
 def _look_for_lost_rows(settings: Walk, rows: Rows, index: int) -> None:

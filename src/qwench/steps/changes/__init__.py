@@ -5,5 +5,6 @@ Each is handed the layer and the rows before it (`stream.walk.Change`), calls a 
 
 from qwench.steps.changes.rounding import Rounding
 from qwench.steps.changes.smoothing import Smoothing
+from qwench.steps.changes.tuning import Tuning
 
-__all__ = ["Rounding", "Smoothing"]
+__all__ = ["Rounding", "Smoothing", "Tuning"]

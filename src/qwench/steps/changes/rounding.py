@@ -70,14 +70,17 @@ class Rounding:
         rounded = self._codes(weights, values, moment)
         for slot, value, quantized in zip(weights.slots, values, rounded, strict=True):
             if self.correct and moment is not None:
-                quantized = self._correct(slot, value, quantized, moment)
+                quantized, self.reports[f"{slot.module} eora"] = corrected(self.correct, value, quantized, moment)
             live.store(slot, quantized)
 
     def _codes(self, weights: WeightSet, values: list[Tensor], moment: Moment | None) -> list[Quantized]:
         if self.settings.method != "gptq":
             return round_fused(values, weights.scheme)
         assert moment is not None and moment.second is not None
-        options = GptqOptions(damping=self.settings.gptq.damping, order=self.settings.gptq.order)
+        order = self.settings.gptq.order
+        if order == "dynamic" and not weights.scheme.ordered:
+            order = None  # a scheme without a place for the order
+        options = GptqOptions(damping=self.settings.gptq.damping, order=order)
         rounded, report = gptq(
             values, moment.second, moment.count, weights.scheme, options, enough=self.settings.gptq.least_tokens
         )
@@ -89,12 +92,13 @@ class Rounding:
             )
         return rounded
 
-    def _correct(self, slot: Slot, value: Tensor, quantized: Quantized, moment: Moment) -> Quantized:
-        assert self.correct is not None and moment.second is not None
-        corrected, report = eora(value, quantized, moment.second, moment.count, self.correct.rank)
-        said = f"rank {report.rank}: {report.relative:.3f} of the output error is left"
-        self.reports[f"{slot.module} eora"] = said + (f" ({report.fallback})" if report.fallback else "")
-        return corrected
+
+def corrected(settings: Correct, value: Tensor, quantized: Quantized, moment: Moment) -> tuple[Quantized, str]:
+    """A quantized weight with its low-rank correction, and what that gives back."""
+    assert moment.second is not None
+    found, report = eora(value, quantized, moment.second, moment.count, settings.rank)
+    said = f"rank {report.rank}: {report.relative:.3f} of the output error is left"
+    return found, said + (f" ({report.fallback})" if report.fallback else "")
 
 
 def input_of(block: Block, slot: Slot) -> str:
