@@ -11,7 +11,7 @@ import torch
 
 from qwench.errors import CheckpointError
 from qwench.formats.gguf import GgufPlan, plan_gguf
-from qwench.formats.gguf_importance import Entry, Importance, in_file_order, read_importance, write_importance
+from qwench.formats.gguf_importance import Entry, Importance, importance_of, in_file_order, read_importance, write_importance
 from qwench.formats.gguf_tensors import GgufTensor
 from qwench.formats.gguf_transforms import TileHeads
 from qwench.models import map_of, sketch
@@ -94,6 +94,21 @@ def test_columns_follow_the_weights() -> None:
     squares = torch.arange(896.0)[None]
     assert torch.equal(in_file_order(out, squares), squares[:, tiling.order()])
     assert torch.equal(in_file_order(tensor(plan(), "blk.0.attn_qkv.weight"), squares), squares)
+
+
+def test_observations_become_entries() -> None:
+    layer = "model.language_model.layers.0."
+    observed = {f"{layer}mlp.experts.{e}.down_proj": (torch.full((256,), e + 1.0), 10 + e) for e in (0, 2, 5)}
+    observed[f"{layer}linear_attn.out_proj"] = (torch.arange(896.0), 7)
+    observed["mtp.layers.0.self_attn.q_proj"] = (torch.arange(128.0), 3)
+    observed[f"{layer}mlp.gate"] = (torch.arange(128.0), 7)  # the router is not quantized
+    found = importance_of(plan(), observed, texts=["a"], rows=2)
+    assert found.entries.keys() == {"blk.0.ffn_down_exps.weight", "blk.0.ssm_out.weight", "blk.4.attn_q.weight"}
+    experts = found.entries["blk.0.ffn_down_exps.weight"]
+    assert experts.counts.tolist() == [10, 0, 12, 0, 0, 15] and experts.squares[:, 9].tolist() == [1, 0, 3, 0, 0, 6]
+    out = tensor(plan(), "blk.0.ssm_out.weight")
+    assert torch.equal(found.entries["blk.0.ssm_out.weight"].squares, in_file_order(out, torch.arange(896.0)[None]))
+    assert not torch.equal(found.entries["blk.0.ssm_out.weight"].squares[0], torch.arange(896.0))
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ it. `of` fills in nothing in silence: `check` says which tensors have no entry, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -109,6 +109,28 @@ def _check_entry(where: str, entry: Entry, tensor: GgufTensor) -> None:
         raise CheckpointError(
             f"{where} has sums for {tensor.name} that are not finite or below 0", "compute it again: it is damaged"
         )
+
+
+def importance_of(
+    plan: GgufPlan, squares: Mapping[str, tuple[Tensor, int]], *, texts: Sequence[str] = (), length: int = 512, rows: int = 0
+) -> Importance:
+    """Importance for a file from what was observed on the checkpoint's own weights.
+
+    Args:
+        plan: the file; any file type, for entries do not depend on it.
+        squares: for each `Slot.module`, the sum of its squared inputs [columns] in the checkpoint's order of columns, and the number of tokens. Modules
+            that are absent have no entry; experts that are absent count as unreached.
+        texts, length, rows: what it was observed on.
+    """
+    entries = {}
+    for tensor in (t.tensor for t in plan.tensors):
+        if tensor.float32 or not any(slot.module in squares for slot in tensor.slots):
+            continue
+        none = (torch.zeros(tensor.columns), 0)
+        seen = [squares.get(slot.module, none) for slot in tensor.slots]
+        sums = in_file_order(tensor, torch.stack([s.to(torch.float32) for s, _ in seen]))
+        entries[tensor.name] = Entry(sums, torch.tensor([float(count) for _, count in seen]))
+    return Importance(entries, tuple(texts), length, rows)
 
 
 def in_file_order(tensor: GgufTensor, squares: Tensor) -> Tensor:

@@ -28,8 +28,8 @@ from qwench.formats.gguf_tensors import GgufTensor
 from qwench.models.map import Slot
 from qwench.numerics.ggml import Encoder, encoder
 
-ELEMENTS = 1 << 24
-"""Values that are read and encoded at a time: 64 MiB as float32."""
+ELEMENTS = 1 << 22
+"""Values that are read and encoded at a time: 16 MiB as float32."""
 LARGEST = float(torch.finfo(torch.float16).max)
 """Scales are float16 numbers in every quantized type, and no healthy weight is beyond them."""
 
