@@ -47,7 +47,7 @@ def measure(recipe: str, which: str, folder: Path) -> dict[str, Any]:
         "perplexity_source": found.perplexity_source.mean, "perplexity_release": found.perplexity_release.mean,
         "acceptance_1_source": accepted[0], "acceptance_1_release": accepted[1],
         "wall_seconds": round(wall, 1), "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
-        "peak_rss_mib": round(usage.ru_maxrss / 1024),
+        "peak_rss_mib": round(result.run.peak_rss / 2**20),
     }  # fmt: skip
 
 

@@ -25,6 +25,7 @@ import torch
 from qwench.checkpoint.source import TensorSpec
 from qwench.checkpoint.writer import CheckpointWriter, FileLayout
 from qwench.models import sketch
+from qwench.result import read_result
 
 SHARD = 5_000_000_000
 POOL = 1 << 24
@@ -97,7 +98,7 @@ def run_recipe(recipe: str, model: Path, out: Path) -> dict[str, Any]:
     return {
         "wall_seconds": round(time.monotonic() - started, 1),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
-        "peak_rss_gib": round(usage.ru_maxrss * 1024 / 2**30, 3),
+        "peak_rss_gib": round(read_result(out).run.peak_rss / 2**30, 3),
     }
 
 

@@ -24,6 +24,7 @@ LOW = {
 }
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "machine": set(),
     "numerics": {"errors"},
     "checkpoint": {"errors"},
     "methods": {"errors", "numerics"},
@@ -31,11 +32,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "formats": {"errors", "checkpoint", "models", "numerics"},
     "stream": {"errors", "checkpoint", "models", "numerics"},
     "engines": {"errors", "checkpoint"},
-    "evaluation": {"errors", "checkpoint", "models", "stream"},
+    "evaluation": {"errors", "machine", "checkpoint", "models", "stream"},
     "recipe": {"errors", "numerics"},
     "result": {"errors", "numerics"},
     "steps": LOW | {"display"},
-    "display": {"result"},
+    "display": {"result", "machine"},
     "run": LOW | {"steps", "display"},
     "cli": LOW | {"steps", "run", "display", "demo"},
     "__main__": {"cli"},

@@ -17,7 +17,8 @@ from qwench.checkpoint.sidecars import sidecars_of
 from qwench.checkpoint.source import TensorSource
 from qwench.checkpoint.staging import check_output
 from qwench.checkpoint.writer import CheckpointWriter
-from qwench.display import Report, peak_rss
+from qwench.display import Report
+from qwench.machine import peak_rss
 from qwench.models import map_of, sketch
 from qwench.recipe import Recipe
 from qwench.result import FILE_NAME, CalibrationFacts, Evaluation, Result, RunFacts, Verification, read_result, write_result

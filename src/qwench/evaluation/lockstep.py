@@ -11,8 +11,6 @@ A hidden state that is not finite ends the pass with the block and the row that 
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ import torch
 from torch import Tensor
 
 from qwench.errors import CheckpointError
+from qwench.machine import peak_rss
 
 
 class Reader(Protocol):
@@ -116,12 +115,6 @@ def check_finite(hidden: Tensor, model: str, where: str) -> None:
                 f"the {model}'s hidden states are not finite after {where}: row {row}, {count} of {values.numel()} values",
                 "look for NaN or infinity in the weights of that layer; compute in float32 or bfloat16, never in float16",
             )
-
-
-def peak_rss() -> int:
-    """The largest resident memory of this process until now, bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
 def _through(reader: Reader, block: int, hidden: Tensor, model: str) -> Tensor:

@@ -33,6 +33,10 @@ class Transform(Protocol):
         """The weight for the file."""
         ...
 
+    def undo(self, stored: Tensor) -> Tensor:
+        """The checkpoint's weight from the file's."""
+        ...
+
 
 @dataclass(frozen=True)
 class PlusOne:
@@ -42,6 +46,9 @@ class PlusOne:
 
     def apply(self, weight: Tensor) -> Tensor:
         return weight + 1
+
+    def undo(self, stored: Tensor) -> Tensor:
+        return stored - 1
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,9 @@ class NegativeExponential:
     def apply(self, weight: Tensor) -> Tensor:
         return -torch.exp(weight)
 
+    def undo(self, stored: Tensor) -> Tensor:
+        return torch.log(-stored)
+
 
 @dataclass(frozen=True)
 class Squeeze:
@@ -62,6 +72,9 @@ class Squeeze:
 
     def apply(self, weight: Tensor) -> Tensor:
         return weight.squeeze(1)
+
+    def undo(self, stored: Tensor) -> Tensor:
+        return stored.unsqueeze(1)
 
 
 @dataclass(frozen=True)
@@ -73,6 +86,9 @@ class Frame:
 
     def apply(self, weight: Tensor) -> Tensor:
         return weight[:, :, self.index].contiguous()
+
+    def undo(self, stored: Tensor) -> Tensor:
+        return stored.unsqueeze(2)
 
 
 @dataclass(frozen=True)
@@ -107,3 +123,6 @@ class TileHeads:
         order = self.order()
         assert len(order) == weight.shape[self.dimension], f"{len(order)} rows or columns in {list(weight.shape)}"
         return weight.index_select(self.dimension % weight.dim(), order)
+
+    def undo(self, stored: Tensor) -> Tensor:
+        return stored.index_select(self.dimension % stored.dim(), torch.argsort(self.order()))

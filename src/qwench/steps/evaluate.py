@@ -16,10 +16,11 @@ from torch import Tensor
 from qwench.checkpoint.source import TensorSource
 from qwench.errors import PlanError, TextError
 from qwench.evaluation.divergence import TokenMeasures, histogram, measure_tokens
-from qwench.evaluation.lockstep import Progress, peak_rss, read_in_lockstep
+from qwench.evaluation.lockstep import Progress, read_in_lockstep
 from qwench.evaluation.speculation import DRAFTS, acceptance, accepted, draft_tokens
 from qwench.evaluation.statistics import Mean, clustered_mean, exponential, quantile
 from qwench.formats.release import open_source
+from qwench.machine import peak_rss
 from qwench.models import ModelMap, map_of
 from qwench.models.mtp import MtpHead
 from qwench.models.run import Trunk
