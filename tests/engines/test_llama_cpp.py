@@ -16,6 +16,7 @@ from qwench.demo import checkpoint, text
 from qwench.engines import llama_cpp
 from qwench.engines.base import Answer, Request
 from qwench.errors import EngineError
+from qwench.formats.gguf_source import GgufSource
 from qwench.models import map_of
 from qwench.models.run import Trunk
 from tests.support.gguf_files import make_gguf
@@ -38,9 +39,13 @@ def text_rows(folder: Path, count: int) -> list[list[int]]:
 
 
 def divergence(folder: Path, asked: list[list[int]], answer: Answer) -> float:
-    """Mean KL of the engine's log-probabilities from ours in float32, nats."""
+    """Mean KL of the engine's log-probabilities from the checkpoint's in float32, nats."""
     with Checkpoint.open(folder) as source:
-        trunk = Trunk(source, map_of(source))
+        return divergence_from(Trunk(source, map_of(source)), asked, answer)
+
+
+def divergence_from(trunk: Trunk, asked: list[list[int]], answer: Answer) -> float:
+    with torch.no_grad():
         ours = torch.log_softmax(trunk.logits(trunk.forward(torch.tensor(asked))).double(), -1)[:, :-1]
     theirs = torch.from_numpy(np.stack([logprobs for _, logprobs in answer.logprobs])).double()
     return float((ours.exp() * (ours - theirs)).sum(-1).mean())
@@ -60,6 +65,18 @@ def test_demo_checkpoints_say_the_same(which: str, bound: float, tmp_path: Path)
     assert divergence(folder, asked, answer) < bound
     assert answer.image is not None and answer.image["differs"]
     assert answer.image["tokens"] == (288 // 32) * (320 // 32) + 2  # a token for 32x32 pixels, and the two that enclose them
+
+
+@pytest.mark.parametrize("file_type", ["Q8_0", "Q4_K_M", "IQ4_XS", "Q3_K_M"])
+def test_quantized_files_mean_the_same_to_both(file_type: str, tmp_path: Path) -> None:
+    """Our reading of the file against llama.cpp's, which rounds activations to 8 bits before quantized matrices."""
+    folder = checkpoint("dense")
+    path = make_gguf(folder, tmp_path / "model.gguf", file_type=file_type)
+    source = GgufSource(path, json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    asked = text_rows(folder, 4)
+    answer = llama_cpp.run(Request(path, asked, generate=1, image=False))
+    assert answer.refused is None
+    assert divergence_from(Trunk(source, source.map), asked, answer) < 1e-3
 
 
 @pytest.mark.parametrize("moe", [False, True])
