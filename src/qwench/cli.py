@@ -198,6 +198,7 @@ def demo(
     model = str(checkpoint("moe" if moe else "dense"))
     if force and (out / "result.json").is_file():
         shutil.rmtree(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
     with display.progress("release") as report:
         result = run_recipe(load_recipe(recipe), model, out, 0, report)
     display.show_result(result, out)
