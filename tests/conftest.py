@@ -1,7 +1,12 @@
-"""Tests that need an engine with an environment of its own skip where it is absent, and say so in the summary."""
+"""What all tests share.
+
+Tests that need an engine with an environment of its own skip where it is absent, and say so in the summary. Ctrl-C means Ctrl-C also where the suite was
+started in the background of a shell, which makes its children deaf to it.
+"""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +16,8 @@ from qwench.engines import llama_cpp, vllm
 from qwench.errors import EngineError
 
 PYTHONS: dict[str, Callable[[], Path]] = {"vllm": vllm.python, "llama.cpp": llama_cpp.python}
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
