@@ -18,6 +18,7 @@ from torch import Tensor
 from qwench.checkpoint.reader import Checkpoint
 from qwench.demo import checkpoint
 from qwench.display import Report
+from qwench.errors import PlanError
 from qwench.formats.release import open_source
 from qwench.models import map_of
 from qwench.models.run import Trunk
@@ -122,7 +123,6 @@ def test_calibrated_methods_on_the_trained_demo_are_closer_than_rounding(tmp_pat
     source = checkpoint("dense")
     for method in ("rtn", "gptq", "autoround"):
         run_recipe(recipe_of(method), str(source), tmp_path / method, 0, QUIET)
-    run_recipe(recipe_of("gptq", correct=True), str(source), tmp_path / "eora", 0, QUIET)
     from qwench.stream.rows import held_out_rows
 
     ids = held_out_rows(source, 4, 256).ids
@@ -147,6 +147,12 @@ def test_what_a_calibrated_recipe_does_not_touch_comes_out_bit_for_bit(tmp_path:
         same = torch.equal(source.read(name).view(torch.int16), release.read(name).view(torch.int16))
         is_smoothed = any(f"layers.{n}.post_attention_layernorm" in name and not name.startswith("mtp") for n in smoothed)
         assert same != is_smoothed, name
+
+
+def test_a_correction_that_no_file_would_hold_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="not yet written"):
+        run_recipe(recipe_of("gptq", correct=True), str(checkpoint("dense")), tmp_path / "out", 0, QUIET)
+    assert not (tmp_path / "out").exists()
 
 
 STOP = """

@@ -133,6 +133,8 @@ def make_plan(recipe: Recipe, source: TensorSource, map: ModelMap) -> Plan:
     complaints = list(_source_complaints(source))
     schemes, notes, found = assign(recipe, map)
     complaints += found
+    if recipe.correct:
+        complaints.append(("EoRA corrections are computed but not yet written beside a release", "take the correct step out"))
     for block in (*map.blocks, *map.mtp):
         complaints += _split_sets(block, schemes)
     container = FORMATS[recipe.export.format]
