@@ -1,6 +1,6 @@
 """What each recipe costs on the demo checkpoints: size, divergence, acceptance, time and memory, side by side in one run.
 
-    python -m benchmarks.quality [dense] [moe] [--recipes nvfp4a16 int4 ...]
+    python -m benchmarks.quality [--models dense moe] [--recipes nvfp4a16 int4 ...]
 
 Each release is made by the command line in a process of its own, then measured on the held-out text that the package carries (32 documents of 512 tokens). The table
 goes to `benchmarks/results/quality-*.json` and, as Markdown, to standard output.
@@ -67,7 +67,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", choices=["dense", "moe", []], default=["dense", "moe"])
+    parser.add_argument("--models", nargs="*", choices=["dense", "moe"], default=["dense", "moe"])
     parser.add_argument("--recipes", nargs="*", default=sorted(bundled()))
     args = parser.parse_args()
     results = Path(__file__).parent / "results"

@@ -74,12 +74,12 @@ def _sees(folder: Path, config: dict[str, Any]) -> bool:
 
 
 def _rows(llm: Any, request: dict[str, Any], folder: Path, answer: dict[str, Any]) -> None:
-    """Log-probabilities of every row; greedy tokens after the first."""
+    """Log-probabilities of every row; greedy tokens after the first, or where the head drafts, after each: one text says little about acceptance."""
     from vllm import SamplingParams
 
     top = request["top_k"] or -1
     for number, row in enumerate(request["rows"]):
-        length = request["generate"] if number == 0 else 1
+        length = request["generate"] if number == 0 or request["speculate"] else 1
         sampling = SamplingParams(temperature=0, max_tokens=length, prompt_logprobs=top, ignore_eos=True, detokenize=False)
         output = llm.generate([{"prompt_token_ids": row}], sampling, use_tqdm=False)[0]
         if number == 0:
