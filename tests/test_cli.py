@@ -69,6 +69,14 @@ def test_a_lone_config_is_planned(
     assert json.loads(out)["bytes"] == json.loads(whole)["bytes"]
 
 
+def test_a_run_as_json_is_its_record(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = call(monkeypatch, capsys, "run", "int4", "--model", str(dense), "--out", str(tmp_path / "out"), "--json")
+    assert code == 0
+    assert json.loads(out) == json.loads((tmp_path / "out" / "result.json").read_text(encoding="utf-8"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

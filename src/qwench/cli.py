@@ -111,6 +111,7 @@ def run(
     model: ModelOption,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the release goes; must not exist yet, or be empty.")],
     threads: ThreadsOption = 0,
+    as_json: JsonOption = False,
 ) -> None:
     """Make a release. A run that was stopped goes on where it stood when the same command is given again.
 
@@ -120,7 +121,10 @@ def run(
 
     with display.progress("release") as report:
         result = run_recipe(load_recipe(recipe), model, out, threads, report)
-    display.show_result(result, out)
+    if as_json:
+        _print_json(result.model_dump(mode="json"))
+    else:
+        display.show_result(result, out)
 
 
 @app.command("eval")
