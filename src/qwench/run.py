@@ -86,7 +86,8 @@ def _do(plan: Plan, source: Checkpoint, writer: CheckpointWriter, rows: Rows | N
         do_jobs(plan.jobs, source, writer, _counter(plan, report))
         return None
     outside, _ = split_jobs(plan)
-    found = calibrate(plan, source, writer, rows, report)
+    total = plan.nbytes
+    found = calibrate(plan, source, writer, rows, lambda done, layers, what: report(total * done // layers, total, what))
     do_jobs(outside, source, writer, _counter(plan, report))
     return calibration_facts(rows, found)
 

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -216,4 +215,3 @@ def test_live_blocks_show_experts_as_views(tmp_path: Path) -> None:
     live.weight(slot).fill_(2.0)
     name, part = live.parameter(slot)
     assert bool((live.weights[name][part] == 2.0).all())
-    assert replace(SCHEMES["int4"], search="mse") != SCHEMES["int4"]
