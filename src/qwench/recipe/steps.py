@@ -1,0 +1,181 @@
+"""The steps of a recipe, each with its settings; what they do lives in `qwench.steps`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from qwench.recipe.rules import Rule, Strict
+
+
+class GptqSettings(Strict):
+    """Attributes:
+    order: activation order. `grouped`: whole groups by importance, then columns within them. `static`: columns by importance, groups stay where they are. `dynamic`
+        (desc_act): groups follow the order, a g_idx is stored, and few engines read it. `none`. Left out: what is best for each scheme.
+    damping: added to the second moment's diagonal, as a share of its mean.
+    least_tokens: a weight that fewer tokens reached is rounded with searched scales instead, and reported.
+    """
+
+    order: Literal["grouped", "static", "dynamic", "none"] | None = None
+    damping: float = Field(0.03, gt=0, le=1)
+    least_tokens: int = Field(128, ge=1)
+
+
+class AutoRoundSettings(Strict):
+    """Attributes:
+    iterations: steps of signed gradient descent for each layer.
+    batch: rows in a step.
+    """
+
+    iterations: int = Field(200, ge=1)
+    batch: int = Field(8, ge=1)
+
+
+class Quantize(Strict):
+    """Choose numbers for weights. Later rules win over earlier ones.
+
+    Attributes:
+        method: `rtn`: round to nearest, no data. `gptq`: column by column with error feedback. `autoround`: rounding and ranges tuned by signed
+            gradient descent. The last two read calibration rows.
+        rules: what becomes what; everything that no rule names is copied bit for bit.
+        gptq, autoround: settings of the method.
+    """
+
+    method: Literal["rtn", "gptq", "autoround"] = "rtn"
+    rules: tuple[Rule, ...] = Field(min_length=1)
+    gptq: GptqSettings = GptqSettings()
+    autoround: AutoRoundSettings = AutoRoundSettings()
+
+
+class Smooth(Strict):
+    """AWQ: move per-channel scales from the input of weights into what produces it, before they are rounded.
+
+    Attributes:
+        folds: where scales may move: `norm.post` (into gate and up; in a mixture of experts into every reader of that norm), `norm.input` (into q/k/v, or the
+            Gated DeltaNet's input projections), `mlp.up`, `expert.up`, `shared.up` (into the down projection).
+        layers: see Rule.
+        grid: points of the search.
+        duo: divide by the weights' own magnitudes too.
+        clip: search a smaller range for each group afterwards.
+    """
+
+    folds: tuple[Literal["norm.post", "norm.input", "mlp.up", "expert.up", "shared.up"], ...] = ("norm.post",)
+    layers: str = "all"
+    grid: int = Field(20, ge=2, le=200)
+    duo: bool = False
+    clip: bool = False
+
+
+class Correct(Strict):
+    """EoRA: a low-rank correction beside every quantized weight.
+
+    Attributes:
+        rank: of each correction; engines serve 8, 16, 32, 64, 128, 256.
+    """
+
+    rank: Literal[8, 16, 32, 64, 128, 256] = 64
+
+
+class Calibration(Strict):
+    """The rows of tokens that calibrated steps read; `qwench.stream.calibration.calibration_rows` takes these fields as they are.
+
+    Attributes:
+        text: `carried`: what the package carries. A .txt, .jsonl, .json or .parquet file, or a folder of them. A data set on the Hugging Face hub:
+            `org/name`, `org/name/config`, either with `@revision`; `wikitext` and `pile-10k` for short. Hub and Parquet need the extra `data`.
+        samples: rows.
+        length: tokens in each.
+        seed: of the shuffle of documents.
+        packed: documents joined by the end-of-text token and cut; otherwise one row for each document that is long enough.
+        column: which column holds text or messages; found by itself where there is no doubt.
+        split: of a data set.
+        revision: branch, tag or commit of a hub data set, if `text` has no `@revision`.
+        thinking: reasoning in conversations: `filled`: as the data has it; `off`: taken out, and the template told so.
+        images: records with images are left out (`skip`), or their text is taken without them (`text`). Both are counted.
+    """
+
+    text: str = Field("carried", min_length=1)
+    samples: int = Field(128, ge=1)
+    length: int = Field(512, ge=2)
+    seed: int = 0
+    packed: bool = True
+    column: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    thinking: Literal["filled", "off"] = "filled"
+    images: Literal["skip", "text"] = "skip"
+
+    @field_validator("thinking", mode="before")
+    @classmethod
+    def _off(cls, value: object) -> object:
+        return "off" if value is False else value  # YAML reads a bare `off` as false
+
+
+class Export(Strict):
+    """How the result is laid out on disk.
+
+    Attributes:
+        format: the container format: `compressed-tensors`, or for symmetric INT4 and INT8 `gptq` and `auto-round`.
+        shard_size: largest size of one safetensors file: `5GB`, `500MB`.
+        dtype: of the weights that are kept; `source` keeps them bit for bit.
+    """
+
+    format: Literal["compressed-tensors", "gptq", "auto-round"] = "compressed-tensors"
+    shard_size: str = "5GB"
+    dtype: str = "source"
+
+    @field_validator("dtype")
+    @classmethod
+    def _dtype(cls, value: str) -> str:
+        if value in {"float16", "fp16", "half"}:
+            raise ValueError(
+                "float16 is refused: Gated DeltaNet's intermediate values overflow it; leave dtype out, or say source"
+            )
+        if value != "source":
+            raise ValueError(f"dtype {value!r} is not known; known: source")
+        return value
+
+    @field_validator("shard_size")
+    @classmethod
+    def _size(cls, value: str) -> str:
+        byte_size(value)
+        return value
+
+
+def byte_size(text: str) -> int:
+    """`5GB`, `500MB`, `2GiB` in bytes. Raises ValueError."""
+    units = {"GiB": 2**30, "MiB": 2**20, "GB": 10**9, "MB": 10**6, "B": 1}
+    for unit, factor in units.items():
+        if text.endswith(unit):
+            number = text.removesuffix(unit).strip()
+            try:
+                size = int(float(number) * factor)
+            except ValueError:
+                break
+            if size > 0:
+                return size
+    raise ValueError(f"size {text!r} is not of the form 5GB, 500MB or 2GiB")
+
+
+class Step(Strict):
+    """One entry of `steps`: exactly one of its keys."""
+
+    smooth: Smooth | None = None
+    quantize: Quantize | None = None
+    correct: Correct | None = None
+    export: Export | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Step:
+        if sum(getattr(self, name) is not None for name in type(self).model_fields) != 1:
+            raise ValueError(f"a step is exactly one of: {', '.join(type(self).model_fields)}")
+        return self
+
+
+def reads_rows(step: Step) -> bool:
+    """Whether a step reads calibration rows."""
+    return bool(step.smooth or step.correct or (step.quantize and step.quantize.method != "rtn"))
+
+
+def default_calibration(steps: tuple[Step, ...]) -> Calibration | None:
+    return Calibration() if any(reads_rows(step) for step in steps) else None
