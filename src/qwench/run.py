@@ -23,7 +23,8 @@ from qwench.models import map_of, sketch
 from qwench.recipe import Recipe
 from qwench.result import FILE_NAME, CalibrationFacts, Evaluation, Result, RunFacts, Verification, read_result, write_result
 from qwench.steps.calibrate import calibrate, rows_for, split_jobs
-from qwench.steps.plan import Job, Plan, make_plan
+from qwench.steps.jobs import Job
+from qwench.steps.plan import Plan, make_plan
 from qwench.steps.quantize import do_jobs, errors_of
 from qwench.steps.record import calibration_facts, first_record
 from qwench.stream.rows import Rows

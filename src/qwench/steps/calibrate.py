@@ -20,7 +20,8 @@ from qwench.checkpoint.writer import CheckpointWriter
 from qwench.models.map import Slot
 from qwench.recipe import Recipe
 from qwench.steps.changes import Rounding, Smoothing, Tuning
-from qwench.steps.plan import Job, Plan
+from qwench.steps.jobs import Job
+from qwench.steps.plan import Plan
 from qwench.steps.quantize import finite_chunks, write_quantized
 from qwench.stream.calibration import calibration_rows
 from qwench.stream.hidden import HiddenFiles

@@ -18,7 +18,7 @@ from qwench.models.weights import FUSED
 from qwench.numerics import Scheme
 from qwench.recipe import Correct, Quantize
 from qwench.steps.changes.rounding import corrected, input_of
-from qwench.steps.plan import WeightSet, weight_sets
+from qwench.steps.jobs import WeightSet, weight_sets
 from qwench.stream.live import LiveBlock
 from qwench.stream.observe import observe
 from qwench.stream.walk import Rows
