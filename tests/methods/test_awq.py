@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwench.methods.awq import Output, Reader, SearchOptions, Smoothing, mean_magnitude, search_scales
+from qwench.methods.awq import Found, Output, Reader, SearchOptions, mean_magnitude, search_scales
 from qwench.methods.folding import Repeated, fold_norm, scale_columns, scale_rows, storable
 from qwench.methods.rtn import round_fused, round_to_nearest
 from qwench.numerics import SCHEMES, Scheme
@@ -37,7 +37,7 @@ def module(run: object, weights: toys.Weights, roles: Sequence[str]) -> Output:
 
 def mlp_case(
     options: SearchOptions = EXACT, scheme: Scheme = INT4, inputs: list[Tensor] | None = None
-) -> tuple[toys.Weights, Smoothing]:
+) -> tuple[toys.Weights, Found]:
     weights = toys.mlp_weights()
     readers = [Reader(weights[role], scheme, "gate_up") for role in ("mlp.gate", "mlp.up")]
     found = search_scales(readers, inputs or inputs_with_outliers(), module(toys.mlp, weights, ("mlp.gate", "mlp.up")), options)

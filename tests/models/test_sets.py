@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qwench.models import map_of
-from qwench.models.map import Block
+from qwench.models.map import Block, Fold
 from qwench.models.run import Trunk
 from tests.support.memory import MemorySource, tiny_source
 
@@ -56,21 +57,22 @@ def test_every_linear_reads_exactly_one_input(moe: bool) -> None:
             assert len({s.shape[1] for s in slots}) == 1
 
 
-def scaled(source: MemorySource, block: Block, source_role: str, readers: tuple[str, ...], centred: bool) -> MemorySource:
+def scaled(source: MemorySource, block: Block, fold: Fold) -> MemorySource:
     """The checkpoint with one fold applied: source divided, readers' columns multiplied."""
     values = {n: t.float() for n, t in source.values.items()}
 
     def weight(tensor: str, part: Any) -> Tensor:
         return values[tensor][part]
 
-    for origin in (s for s in block.slots if s.role == source_role):
+    for origin in (s for s in block.slots if s.role == fold.source):
         w = weight(origin.tensor, origin.part)
         scale = torch.rand(w.shape[0], generator=torch.Generator().manual_seed(1)) + 0.5
-        w.copy_((1 + w) / scale - 1 if centred else w / (scale if w.dim() == 1 else scale[:, None]))
+        w.copy_((1 + w) / scale - 1 if fold.zero_centred else w / (scale if w.dim() == 1 else scale[:, None]))
         for reader in block.slots:
-            if reader.role in readers and (origin.expert is None or reader.expert == origin.expert):
+            if reader.role in fold.readers and (origin.expert is None or reader.expert == origin.expert):
                 r = weight(reader.tensor, reader.part)
-                r.copy_(r * scale)
+                times = r.shape[1] // len(scale)
+                r.copy_(r * (scale if fold.head is None else scale.view(-1, fold.head).repeat_interleave(times, 0).flatten()))
     return MemorySource(source.config, values)
 
 
@@ -83,9 +85,9 @@ def test_folds_leave_the_function_as_it_is(moe: bool, layer: int) -> None:
     block = map.blocks[layer]
     hidden = torch.randn(2, 9, 128, generator=torch.Generator().manual_seed(7))
     before = Trunk(source, map).run_block(layer, hidden)
-    assert len(block.folds) == (4 if moe else 3)
+    assert len(block.folds) == (4 if moe else 3) + (layer == 3)
     for fold in block.folds:
-        changed = scaled(source, block, fold.source, fold.readers, fold.zero_centred)
+        changed = scaled(source, block, fold)
         touched = [n for n in source.values if not torch.equal(changed.values[n], source.values[n].float())]
         assert len(touched) > 1
         assert torch.allclose(Trunk(changed, map).run_block(layer, hidden), before, atol=1e-4), fold
@@ -97,6 +99,19 @@ def test_a_fold_that_forgets_the_one_is_noticed() -> None:
     map = map_of(source)
     hidden = torch.randn(1, 5, 128, generator=torch.Generator().manual_seed(7))
     fold = map.blocks[0].folds[1]
-    wrong = scaled(source, map.blocks[0], fold.source, fold.readers, False)
+    wrong = scaled(source, map.blocks[0], replace(fold, zero_centred=False))
     assert fold.zero_centred
     assert not torch.allclose(Trunk(wrong, map).run_block(0, hidden), Trunk(source, map).run_block(0, hidden), atol=1e-2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("moe", [False, True])
+def test_values_that_are_scaled_head_by_head_in_the_wrong_order_are_noticed(moe: bool) -> None:
+    source = tiny_source(moe=moe)
+    map = map_of(source)
+    hidden = torch.randn(1, 5, 128, generator=torch.Generator().manual_seed(7))
+    (fold,) = (f for f in map.blocks[3].folds if f.source == "attention.v")
+    heads = map.blocks[3].slot("attention.v").shape[0]
+    assert fold.head == (96 if moe else 64) < heads
+    wrong = scaled(source, map.blocks[3], replace(fold, head=heads))
+    assert not torch.allclose(Trunk(wrong, map).run_block(3, hidden), Trunk(source, map).run_block(3, hidden), atol=1e-2)

@@ -28,7 +28,7 @@ from qwench.methods.rtn import shared_outer
 from qwench.methods.straight_through import nearest_values
 from qwench.numerics import Scheme
 
-Output = Callable[[list[Tensor], Tensor], Tensor]
+Output = Callable[[Sequence[Tensor], Tensor], Tensor]
 """The module that reads the channels: weights of its readers, in the order of `readers`, and one batch of inputs -> its output."""
 
 LIMITS = (1e-4, 1e4)
@@ -66,7 +66,7 @@ class SearchOptions:
 
 
 @dataclass(frozen=True)
-class Smoothing:
+class Found:
     """What a search found.
 
     Attributes:
@@ -106,7 +106,8 @@ def search_scales(
     options: SearchOptions | None = None,
     snap: Callable[[Tensor], Tensor] | None = None,
     repeated: Repeated | None = None,
-) -> Smoothing:
+    one_by_one: bool = False,
+) -> Found:
     """Scales for the channels of one fold.
 
     Args:
@@ -116,12 +117,14 @@ def search_scales(
         output: the module that reads the channels.
         snap: the scales next to given ones that the source can hold, such as `storable`; None: any.
         repeated: how the source's channels lie in the readers' columns; None: one to one.
+        one_by_one: a rounded weight is made when `output` asks for it and not kept, instead of all of them once for each scale: for a mixture of
+            experts, whose weights would be held twice. Pays where there is one batch, and each weight is asked for once.
 
     Returns:
         Scales of the source's channels; `repeated.spread` puts them on the readers' columns.
     """
     options = options or SearchOptions()
-    trial = _Trial(readers, inputs, output, options.scale_dtype)
+    trial = _Trial(readers, inputs, output, options.scale_dtype, one_by_one)
     spread = repeated.spread if repeated else _same
     at_one = best_loss = trial.loss(None, math.inf)
     best, best_ratio, losses = None, None, []
@@ -136,7 +139,7 @@ def search_scales(
     if best is None:
         columns = readers[0].weight.shape[1] // (repeated.times if repeated else 1)
         best = torch.ones(columns, device=inputs[0].device)
-    return Smoothing(best, best_ratio, at_one, best_loss, tuple(losses))
+    return Found(best, best_ratio, at_one, best_loss, tuple(losses))
 
 
 def candidates(
@@ -195,12 +198,44 @@ def mean_size(readers: Sequence[Reader]) -> Tensor:
     return total / rows
 
 
+def together(found: Sequence[Found]) -> str:
+    """One line for the log, over several searches of one kind (the experts of a layer)."""
+    if len(found) == 1:
+        return found[0].says
+    moved = [one for one in found if not one.kept_one]
+    before, after = (
+        (math.fsum(losses) for losses in zip(*((o.loss_at_one, o.best_loss) for o in found), strict=True))
+        if found
+        else (0.0, 0.0)
+    )
+    gain = f": loss {before:.4g} -> {after:.4g} ({1 - after / before:.1%} less)" if before > 0 else ""
+    return f"{len(moved)} of {len(found)} get scales{gain}"
+
+
+class Made(Sequence[Tensor]):
+    """Tensors that are made when they are asked for."""
+
+    def __init__(self, make: Callable[[int], Tensor], count: int) -> None:
+        self.make, self.size = make, count
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, place: int) -> Tensor:  # type: ignore[override]
+        if not 0 <= place < self.size:
+            raise IndexError(place)
+        return self.make(place)
+
+
 class _Trial:
     """Measures the module's output with rounded readers against its output with the readers as they are."""
 
-    def __init__(self, readers: Sequence[Reader], inputs: Sequence[Tensor], output: Output, scale_dtype: torch.dtype) -> None:
+    def __init__(
+        self, readers: Sequence[Reader], inputs: Sequence[Tensor], output: Output, scale_dtype: torch.dtype, one_by_one: bool
+    ) -> None:
         self.readers, self.inputs, self.output, self.scale_dtype = readers, inputs, output, scale_dtype
-        originals = [self._ready(reader.weight) for reader in readers]
+        self.one_by_one = one_by_one
+        originals = self._all(lambda place: self._ready(readers[place].weight))
         self.wanted = [output(originals, batch) for batch in inputs]
         self.elements = sum(wanted.numel() for wanted in self.wanted)
 
@@ -217,18 +252,24 @@ class _Trial:
     def _ready(self, weight: Tensor) -> Tensor:
         return weight.to(self.inputs[0])
 
-    def _rounded(self, scales: Tensor | None) -> list[Tensor]:
+    def _all(self, weight: Callable[[int], Tensor]) -> Sequence[Tensor]:
+        made = Made(weight, len(self.readers))
+        return made if self.one_by_one else list(made)
+
+    def _rounded(self, scales: Tensor | None) -> Sequence[Tensor]:
         """Q(W * s) / s of every reader."""
         outers = self._outers(scales)
-        weights = []
-        for reader, outer in zip(self.readers, outers, strict=True):
+
+        def weight(place: int) -> Tensor:
+            reader = self.readers[place]
             scaled = reader.weight if scales is None else scale_columns(reader.weight, scales.to(reader.weight.device))
             if reader.scheme is None:
                 seen = scaled.to(reader.weight.dtype)
             else:
-                seen = nearest_values(scaled, reader.scheme, outer, self.scale_dtype)
-            weights.append(self._ready(seen if scales is None else seen.to(torch.float32) / scales.to(seen.device)))
-        return weights
+                seen = nearest_values(scaled, reader.scheme, outers[place], self.scale_dtype)
+            return self._ready(seen if scales is None else seen.to(torch.float32) / scales.to(seen.device))
+
+        return self._all(weight)
 
     def _outers(self, scales: Tensor | None) -> list[Tensor | None]:
         """The divisor of each reader, which those of one fused set share."""

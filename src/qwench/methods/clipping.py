@@ -11,7 +11,6 @@ What it trades away: groups are judged one by one, errors of different groups th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,25 +40,27 @@ class Clipping:
     clipped_share: float
 
 
-@torch.no_grad()
-def group_moments(inputs: Sequence[Tensor], group: int | None, scales: Tensor | None = None) -> Tensor:
-    """Sum over all tokens of x x' within each group, float32 [groups, group, group].
+class GroupMoments:
+    """Sum over all tokens of x x' within each group of a weight's columns.
 
     Args:
-        inputs: batches [..., columns] as the weight reads them.
+        columns: of the weight.
         group: columns of a group; None: the whole row is one.
-        scales: [columns], what the inputs are divided by after smoothing.
+
+    Attributes:
+        sums: float32 [groups, group, group].
     """
-    columns = inputs[0].shape[-1]
-    width = group or columns
-    moments = torch.zeros(columns // width, width, width, device=inputs[0].device)
-    for batch in inputs:
-        tokens = batch.reshape(-1, columns).to(torch.float32)
-        if scales is not None:
-            tokens = tokens / scales.to(tokens)
-        by_group = tokens.view(len(tokens), -1, width).transpose(0, 1)
-        moments.baddbmm_(by_group.transpose(1, 2), by_group)
-    return moments
+
+    def __init__(self, columns: int, group: int | None, device: torch.device | str = "cpu") -> None:
+        width = group or columns
+        self.sums = torch.zeros(columns // width, width, width, device=device)
+
+    @torch.no_grad()
+    def add(self, inputs: Tensor) -> None:
+        """Take in tokens [..., columns] as the weight reads them."""
+        groups, width, _ = self.sums.shape
+        by_group = inputs.reshape(-1, groups, width).to(torch.float32).transpose(0, 1)
+        self.sums.baddbmm_(by_group.transpose(1, 2), by_group)
 
 
 @torch.no_grad()
@@ -76,7 +77,7 @@ def search_limits(
 
     Args:
         weight: [out, in], smoothed where it will be.
-        moments: see `group_moments`, of the inputs that go with it.
+        moments: see `GroupMoments`, of the inputs that go with it.
         outer, scale_dtype: as in `round_to_nearest`. The NVFP4 divisor is that of the unclipped fused set.
         points: limits are the group's largest magnitude times 1 - i / points ...
         deepest: ... as long as that is not below 1 - deepest.

@@ -66,11 +66,14 @@ class Fold:
         source: role of what produces the channels (a norm, or a linear).
         readers: roles of every weight that reads them.
         zero_centred: the source is a norm that applies 1 + w.
+        head: channels of a head, where readers may see the source's heads several times over, copies of a head side by side (v into o, when several
+            query heads share a value head); None: readers see the source's channels one to one.
     """
 
     source: str
     readers: tuple[str, ...]
     zero_centred: bool
+    head: int | None = None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Literal
 
 from qwench.models.geometry import LayerKind
@@ -26,7 +27,7 @@ def block_of(index: int, kind: LayerKind, component: Literal["text", "mtp"], slo
     fused = sets(_fused(kind, experts))
     if experts:
         fused["experts"] = tuple(s for s in slots if s.expert is not None)
-    return Block(index, kind, component, slots, sets(_inputs(kind, experts)), fused, _folds(tag, kind, bool(experts)))
+    return Block(index, kind, component, slots, sets(_inputs(kind, experts)), fused, _folds(tag, kind, by_role, bool(experts)))
 
 
 def _members(*roles: str, expert: int | None = None) -> tuple[Member, ...]:
@@ -64,17 +65,26 @@ def _fused(kind: LayerKind, experts: list[int]) -> dict[str, tuple[Member, ...]]
     return fused | {f"experts.{e}.gate_up_proj": _members("expert.gate", "expert.up", expert=e) for e in experts}
 
 
-def _folds(tag: str, kind: LayerKind, moe: bool) -> tuple[Fold, ...]:
-    """Norms into all that read them, and each MLP's up into its down (the gate goes through SiLU, up only multiplies).
+def _folds(tag: str, kind: LayerKind, by_role: Mapping[Member, Slot], moe: bool) -> tuple[Fold, ...]:
+    """Norms into all that read them, values into what reads them, and each MLP's up into its down (the gate goes through SiLU, up only multiplies).
 
-    Not v into o: a value head serves several query heads. Not into GDN's out: its norm is one vector for all heads."""
-    mixer = (
-        ("attention.q", "attention.k", "attention.v")
-        if kind == "full_attention"
-        else ("delta.qkv", "delta.z", "delta.b", "delta.a")
-    )
+    What o reads are sums of values over positions, times the output gate, channel by channel: a scale on a channel of v passes through both. Not into
+    GDN's out: its norm is one vector for all heads, and divides by the size of what it reads."""
     mlps = ("shared", "expert") if moe else ("mlp",)
     routers = ("router", "shared.router") if moe else ()
     wide = routers + tuple(f"{m}.{half}" for m in mlps for half in ("gate", "up"))
-    found = [("norm.input", mixer, True), ("norm.post", wide, True), *((f"{m}.up", (f"{m}.down",), False) for m in mlps)]
-    return tuple(Fold(tag + source, tuple(tag + r for r in readers), centred) for source, readers, centred in found)
+    found = [
+        *_mixer_folds(kind, by_role),
+        Fold("norm.post", wide, True),
+        *(Fold(f"{m}.up", (f"{m}.down",), False) for m in mlps),
+    ]
+    return tuple(replace(f, source=tag + f.source, readers=tuple(tag + r for r in f.readers)) for f in found)
+
+
+def _mixer_folds(kind: LayerKind, by_role: Mapping[Member, Slot]) -> Iterator[Fold]:
+    if kind == "linear_attention":
+        yield Fold("norm.input", ("delta.qkv", "delta.z", "delta.b", "delta.a"), True)
+        return
+    yield Fold("norm.input", ("attention.q", "attention.k", "attention.v"), True)
+    if norm := by_role.get(("attention.q_norm", None)):  # as wide as a head; a checkpoint that lacks it is complained about
+        yield Fold("attention.v", ("attention.o",), False, head=norm.shape[0])

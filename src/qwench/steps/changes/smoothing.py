@@ -1,38 +1,42 @@
 """AWQ in a walk: for each fold of a layer, capture what its readers read, search scales, and move them.
 
 The judge is the output of the whole module that reads: the MLP or mixture-of-experts block for `norm.post`, the mixer for `norm.input`, the down projection for an
-up projection. Every reader of a norm is compensated, those that are not quantized too (router, shared expert's gate, decay projections).
+up projection, the output projection for the values (see `judges`). Every reader of a norm is compensated, those that are not quantized too (router, shared expert's
+gate, decay projections).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn import functional as F
+from torch import Tensor
 
 from qwench.checkpoint.source import TORCH_DTYPE, TensorSource
-from qwench.methods.awq import Reader, SearchOptions, search_scales
-from qwench.methods.clipping import clipped, group_moments, search_limits
-from qwench.methods.folding import fold_norm, scale_columns, scale_rows, storable
+from qwench.methods.awq import Found, Output, Reader, SearchOptions, search_scales, together
+from qwench.methods.clipping import Clipping, GroupMoments, clipped, search_limits
+from qwench.methods.folding import Repeated, fold_norm, scale_columns, scale_rows, storable
+from qwench.methods.rtn import shared_outer
 from qwench.models.map import Fold, Slot
-from qwench.models.modules import quiet, text_positions
 from qwench.numerics import Scheme
 from qwench.recipe import Smooth, layer_range
+from qwench.steps.changes.judges import (
+    capture_inputs,
+    capture_module,
+    is_mixture,
+    linear_output,
+    mixture_output,
+    module_output,
+    run_some,
+)
+from qwench.steps.changes.rounding import input_of
 from qwench.stream.live import LiveBlock
 from qwench.stream.observe import taking_inputs
 from qwench.stream.walk import Rows
 
-SEARCH_TOKENS = 16_384
-"""Tokens that a search looks at; the module's outputs for them are held in memory."""
-
 NOT_CLIPPED = ("attention.q", "attention.k", "delta.qkv")
-"""Roles whose outputs are multiplied with each other before anything judges them."""
+"""Roles whose outputs are multiplied with each other before anything judges them: rounding alone judges their ranges badly (AWQ's own rule)."""
 
 
 @dataclass
@@ -56,60 +60,114 @@ class Smoothing:
         if live.block.index < first or (last is not None and live.block.index > last):
             return
         for fold in live.block.folds:
-            for source in self._sources(live, fold):
-                self._smooth(live, rows, fold, source)
+            if fold.source in self.settings.folds:
+                self._fold(live, rows, fold)
+        if self.settings.clip:
+            self._clip(live, rows)
 
-    def _sources(self, live: LiveBlock, fold: Fold) -> list[Slot]:
-        """The slots whose channels a fold scales: one norm, or each expert's up projection."""
-        if fold.source not in self.settings.folds:
-            return []
-        return [s for s in live.block.slots if s.role == fold.source]
+    def _fold(self, live: LiveBlock, rows: Rows, fold: Fold) -> None:
+        """Search and move the scales of one norm, or of every linear source of a role: one, or one for each expert."""
+        pairs = [(source, readers_of(live, fold, source)) for source in live.block.slots if source.role == fold.source]
+        pairs = [(source, readers) for source, readers in pairs if any(s.module in self.schemes for s in readers)]
+        if not pairs:
+            return
+        key = f"layer {live.block.index} {fold.source}"
+        if fold.source.startswith("norm."):
+            self.reports[key] = self._norm(live, rows, fold, *pairs[0]).says
+            return
+        names = [input_of(live.block, readers[0]) for _, readers in pairs]
+        inputs = capture_inputs(live, rows, names)
+        found: list[Found] = []
+        silent = [source.expert for (source, _), name in zip(pairs, names, strict=True) if not inputs[name]]
+        for (source, readers), name in zip(pairs, names, strict=True):
+            if inputs[name]:
+                found.append(self._linear(live, fold, source, readers, inputs.pop(name)))
+        self.reports[key] = together(found) + (f"; no token reached experts {silent}: 1 is kept" if silent else "")
 
-    def _smooth(self, live: LiveBlock, rows: Rows, fold: Fold, source: Slot) -> None:
-        readers = [
-            s for s in live.block.slots if s.role in fold.readers and (source.expert is None or s.expert == source.expert)
-        ]
-        if not any(s.module in self.schemes for s in readers):
-            return
-        inputs = capture(live, rows, source, readers)
-        key = f"layer {live.block.index} {fold.source}" + ("" if source.expert is None else f" expert {source.expert}")
-        if not inputs:
-            self.reports[key] = "no token reached it: 1 is kept"
-            return
+    def _norm(self, live: LiveBlock, rows: Rows, fold: Fold, source: Slot, readers: list[Slot]) -> Found:
         weight, dtype = live.weight(source).clone(), TORCH_DTYPE[self.source.tensors[source.tensor].dtype]
-        is_norm = source.role.startswith("norm.")
+        inputs, mixture = capture_module(live, rows, source), is_mixture(readers)
+        output = mixture_output(live, readers) if mixture else module_output(live, source, readers)
+        if mixture:  # experts one after the other, each on all of its tokens
+            inputs = [torch.cat([batch.flatten(0, -2) for batch in inputs])]
+        found = self._search(live, readers, inputs, output, None, snap=(weight, fold.zero_centred, dtype), one_by_one=mixture)
+        if not found.kept_one:
+            live.alter(source, fold_norm(weight, found.scales, fold.zero_centred))
+            self._compensate(live, readers, found.scales)
+        return found
 
-        def snap(scales: Tensor) -> Tensor:
-            return storable(weight, scales, fold.zero_centred, dtype)
+    def _linear(self, live: LiveBlock, fold: Fold, source: Slot, readers: list[Slot], inputs: list[Tensor]) -> Found:
+        repeated = repetition(fold, source, readers[0])
+        found = self._search(live, readers, inputs, linear_output, repeated)
+        if not found.kept_one:
+            live.alter(source, scale_rows(live.weight(source), found.scales))
+            self._compensate(live, readers, repeated.spread(found.scales) if repeated else found.scales)
+        return found
 
-        found = search_scales(
+    def _search(
+        self,
+        live: LiveBlock,
+        readers: list[Slot],
+        inputs: list[Tensor],
+        output: Output,
+        repeated: Repeated | None,
+        snap: tuple[Tensor, bool, torch.dtype] | None = None,
+        one_by_one: bool = False,
+    ) -> Found:
+        def snapped(scales: Tensor) -> Tensor:
+            assert snap is not None
+            return storable(snap[0], scales, snap[1], snap[2])
+
+        return search_scales(
             [Reader(live.weight(s), self.schemes.get(s.module), fused_name(live, s)) for s in readers],
             inputs,
-            output_of(live, source, readers),
+            output,
             SearchOptions(self.settings.grid, self.settings.duo),
-            snap if is_norm else None,
+            snapped if snap else None,
+            repeated,
+            one_by_one,
         )
-        self.reports[key] = found.says
-        if not found.kept_one:
-            moved = fold_norm(weight, found.scales, fold.zero_centred) if is_norm else scale_rows(weight, found.scales)
-            live.alter(source, moved)
-            for slot in readers:
-                live.alter(slot, scale_columns(live.weight(slot), found.scales))
-        if self.settings.clip:
-            self._clip(live, key, readers, inputs, found.scales)
 
-    def _clip(self, live: LiveBlock, key: str, readers: list[Slot], inputs: list[Tensor], scales: Tensor) -> None:
-        """Narrow the groups of the readers that will be rounded, where that makes their own output better. In attention, keys and queries meet in a
-        product that rounding alone judges badly: they are left (AWQ's own rule)."""
-        chosen = [s for s in readers if s.module in self.schemes and s.role not in NOT_CLIPPED]
-        for slot in chosen:
-            scheme = self.schemes[slot.module]
-            moments = group_moments(inputs, scheme.group, scales)
-            found = search_limits(live.weight(slot), scheme, moments)
-            live.alter(slot, clipped(live.weight(slot), found.limits))
-            self.reports[f"{key} clip {slot.role}"] = (
-                f"{found.clipped_share:.1%} of the groups narrowed: loss {found.after / max(found.before, 1e-30):.3f}"
-            )
+    def _compensate(self, live: LiveBlock, readers: list[Slot], scales: Tensor) -> None:
+        for slot in readers:
+            live.alter(slot, scale_columns(live.weight(slot), scales))
+
+    def _clip(self, live: LiveBlock, rows: Rows) -> None:
+        """Narrow the groups of weights that will be rounded, where that makes their own output better. All of a layer are judged by what they read before any
+        of them is clipped."""
+        chosen = [s for s in live.block.slots if s.module in self.schemes and s.role not in NOT_CLIPPED]
+        sets = {input_of(live.block, slot) for slot in chosen}
+        moments = {
+            name: GroupMoments(slots[0].shape[1], self.schemes[next(s.module for s in slots if s in chosen)].group)
+            for name, slots in live.block.inputs.items()
+            if name in sets
+        }
+        with taking_inputs(live, {name: moment.add for name, moment in moments.items()}):
+            run_some(live, rows)
+        found = [(slot, self._limits(live, slot, moments[input_of(live.block, slot)].sums)) for slot in chosen]
+        for slot, narrowed in found:
+            live.alter(slot, clipped(live.weight(slot), narrowed.limits))
+        for role in dict.fromkeys(slot.role for slot in chosen):
+            every = [narrowed for slot, narrowed in found if slot.role == role]
+            self.reports[f"layer {live.block.index} {role} clip"] = said_of_clipping(every)
+
+    def _limits(self, live: LiveBlock, slot: Slot, moments: Tensor) -> Clipping:
+        scheme, name = self.schemes[slot.module], fused_name(live, slot)
+        members = [s for s in live.block.fused.get(name, ()) if s.module in self.schemes] or [slot]
+        outer = shared_outer([live.weight(s) for s in members], scheme)
+        return search_limits(live.weight(slot), scheme, moments, outer)
+
+
+def readers_of(live: LiveBlock, fold: Fold, source: Slot) -> list[Slot]:
+    """The slots that read a source's channels: for an expert, its own."""
+    return [s for s in live.block.slots if s.role in fold.readers and (source.expert is None or s.expert == source.expert)]
+
+
+def repetition(fold: Fold, source: Slot, reader: Slot) -> Repeated | None:
+    """How a source's channels lie in its reader's columns; None: one to one."""
+    if fold.head is None:
+        return None
+    return Repeated(source.shape[0] // fold.head, reader.shape[1] // source.shape[0], fold.head)
 
 
 def fused_name(live: LiveBlock, slot: Slot) -> str:
@@ -117,78 +175,8 @@ def fused_name(live: LiveBlock, slot: Slot) -> str:
     return next((name for name, members in live.block.fused.items() if name != "experts" and slot in members), "")
 
 
-@torch.no_grad()
-def capture(live: LiveBlock, rows: Rows, source: Slot, readers: list[Slot]) -> list[Tensor]:
-    """What the readers read, a batch at a time: [B, T, D] before a mixer or an MLP, [N, I] before a down projection."""
-    taken: list[Tensor] = []
-    tokens = 0
-
-    def take(value: Tensor) -> None:
-        if value.numel():
-            taken.append(value.detach().clone())
-
-    with _taking(live, source, readers, take):
-        for batch in rows.batches():
-            live.run(batch)
-            tokens += batch.shape[0] * batch.shape[1]
-            if tokens >= SEARCH_TOKENS:
-                break
-    return taken
-
-
-def _taking(live: LiveBlock, source: Slot, readers: list[Slot], take: Callable[[Tensor], None]) -> AbstractContextManager[None]:
-    if not source.role.startswith("norm."):
-        name = next(name for name, slots in live.block.inputs.items() if readers[0] in slots)
-        return taking_inputs(live, {name: take})
-    return _taking_module(live.layer.get_submodule(module_name(live, source)), take)
-
-
-@contextmanager
-def _taking_module(module: nn.Module, take: Callable[[Tensor], None]) -> Iterator[None]:
-    def before(_module: object, positional: tuple[Tensor, ...], named: dict[str, Any]) -> None:
-        take(positional[0] if positional else named["hidden_states"])
-
-    handle = module.register_forward_pre_hook(before, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def module_name(live: LiveBlock, norm: Slot) -> str:
-    """The submodule of the transformers layer that reads a norm."""
-    if norm.role == "norm.post":
-        return "mlp"
-    return "self_attn" if live.block.kind == "full_attention" else "linear_attn"
-
-
-def output_of(live: LiveBlock, source: Slot, readers: list[Slot]) -> Callable[[list[Tensor], Tensor], Tensor]:
-    """The module that reads the channels, as a function of its readers' weights."""
-    if not source.role.startswith("norm."):
-        return lambda weights, inputs: F.linear(inputs, weights[0])
-    stem = module_name(live, source) + "."
-    module = live.layer.get_submodule(stem[:-1])
-    own = {name.removeprefix(stem): weight for name, weight in live.weights.items() if name.startswith(stem)}
-
-    @torch.no_grad()
-    def output(weights: list[Tensor], inputs: Tensor) -> Tensor:
-        used = dict(own)
-        for slot, weight in zip(readers, weights, strict=True):
-            name, part = live.parameter(slot)
-            name = name.removeprefix(stem)
-            if not part:
-                used[name] = weight
-                continue
-            if used[name] is own[name]:
-                used[name] = own[name].clone()
-            used[name][part] = weight
-        named: dict[str, Any] = {}
-        if stem == "self_attn.":
-            length = inputs.shape[1]
-            rope = live.modules.rope(text_positions(length).expand(3, len(inputs), length), inputs)
-            named = {"position_embeddings": rope, "attention_mask": None}
-        with quiet():
-            result: Tensor | tuple[Tensor, ...] = functional_call(module, used, (inputs,), named)
-        return result[0] if isinstance(result, tuple) else result
-
-    return output
+def said_of_clipping(found: Sequence[Clipping]) -> str:
+    """One line for the log, over the weights of one role."""
+    share = sum(one.clipped_share * one.limits.numel() for one in found) / sum(one.limits.numel() for one in found)
+    before, after = sum(one.before for one in found), sum(one.after for one in found)
+    return f"{share:.1%} of the groups narrowed: loss {after / max(before, 1e-30):.3f}"
