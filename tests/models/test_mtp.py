@@ -129,6 +129,30 @@ def test_the_first_step_is_the_transformers_layer(options: dict[str, Any]) -> No
     assert torch.allclose(head.drafts(hidden, embedded, 1)[0], expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("options", HEADS, ids=["dense", "moe-single", "moe-fused"])
+def test_reading_with_a_cache_equals_a_sequential_engine(options: dict[str, Any]) -> None:
+    """Two rounds: drafts from the head's own states, which are forgotten before the trunk's take their places."""
+    source = tiny_source(**options)
+    hidden, embedded = (x[0] for x in inputs(12))
+    reading, engine = MtpHead(source, map_of(source)).begin(), LiteralHead(source)
+
+    def same(found: Tensor, expected: Tensor) -> bool:
+        return torch.allclose(found, expected, atol=2e-5)
+
+    state = reading.read(hidden[:5], embedded[1:6])
+    literal = [engine.step(hidden[t], embedded[t + 1], t) for t in range(5)]
+    assert reading.length == 5 and same(state, torch.stack(literal))
+    state, draft = state[-1:], literal[-1]
+    for position in (5, 6):
+        state, draft = reading.read(state, embedded[position + 1][None]), engine.step(draft, embedded[position + 1], position)
+        assert same(state[0], draft)
+    reading.rewind(5)
+    state = reading.read(hidden[5:8], embedded[6:9])  # overwrites positions 5 and 6
+    literal = [engine.step(hidden[t], embedded[t + 1], t) for t in (5, 6, 7)]
+    assert reading.length == 8 and same(state, torch.stack(literal))
+    assert same(reading.read(state[-1:], embedded[9:10])[0], engine.step(literal[-1], embedded[9], 8))
+
+
 def test_attention_in_slices_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(8)
     query = torch.randn(1, 6, 11, 16, generator=generator)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qwench.checkpoint.reader import Checkpoint
-from qwench.evaluation.speculation import accepted
+from qwench.evaluation.acceptance import accepted
 from qwench.models import map_of
 from qwench.models.mtp import MtpHead
 from qwench.models.run import Trunk

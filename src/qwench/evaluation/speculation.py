@@ -1,71 +1,177 @@
-"""Would the trunk accept what its MTP head drafts? Acceptance at draft positions 1 to K, teacher-forced.
+"""What are the drafts of an MTP head worth? Free-running: the model writes, reads what it wrote, and its head drafts (`decoding`).
 
-At position t the trunk has read x_0 .. x_t. The head drafts from the trunk's normed hidden state h_t: step 1 reads (h_t, x_{t+1}) and drafts the token
-at t+2; step k reads (its own hidden state of step k-1, x_{t+k}) and drafts the token at t+k+1. The trunk's own greedy choice for that place is
-argmax logits(h_{t+k}). Draft k is accepted where both agree and every draft before it was accepted, as engines report accepted tokens per position
-divided by drafts: the share at position k is over all drafts, not over those that came so far.
+Reported is what engines report, so that their counters can stand beside ours: drafts, accepted drafts, and the share of rounds in which the draft at position k
+was accepted, which needs all before it to be. With a forward of the trunk for every round, mean accepted length = tokens per forward = 1 + accepted drafts per round.
 
-How this differs from the acceptance of a running engine:
+The speedup that this promises depends on what the steps cost. A round costs one forward over K + 1 positions and K steps of the head; without drafts each token
+costs one forward over one position. Measured here, on this machine, at the length of the last row:
 
-- The context is the text. A running engine reads what it wrote itself, which it finds easier to predict; its acceptance is usually higher, and depends
-  on prompts and sampling. This estimate depends on the text alone, and is the same on every machine.
-- Step k reads the text's token x_{t+k}; a running engine feeds back its own draft. Where draft k-1 was accepted the engine goes on with the trunk's choice,
-  we with the text's token, and where those differ the two are in different contexts.
-- Both sides of the comparison read the same tokens, so that a head against its own trunk, before and after quantization, is compared like with like.
+    speedup = (1 + accepted / rounds) * t(1) / (t(K + 1) + K * t(head))
 
-Nothing here runs a trunk: its hidden states are those of the pass that measured divergence.
+That is our own reference decoder, in Python: a serving engine has other ratios, and puts its own costs into the same formula. Where weights do not fit the limit
+they are read again for every forward, and the costs say so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
+from qwench.checkpoint.source import TensorSource
+from qwench.evaluation.decoding import Drafter, Generated, Model, generate_with_drafts
+from qwench.evaluation.sampling import Sampling
 from qwench.evaluation.statistics import Mean, clustered_mean
+from qwench.models.decoder import KEPT, Decoder
+from qwench.models.map import ModelMap
 from qwench.models.mtp import MtpHead
 from qwench.models.run import Trunk
 
-DRAFTS = 3
-"""Draft positions that are measured."""
+REPEATS = 9
+"""Times that each step is measured, in turn; the fastest counts: whatever else the machine does only adds."""
 
 
-@torch.no_grad()
-def draft_tokens(trunk: Trunk, head: MtpHead, normed_NTD: Tensor, ids_NT: Tensor, steps: int = DRAFTS) -> list[Tensor]:
-    """What the head drafts at every position of every row, one row at a time.
+@dataclass(frozen=True)
+class StepCosts:
+    """Seconds of one step, its logits included: the trunk over 1 position and over K + 1, the head over 1."""
+
+    one: float
+    window: float
+    head: float
+
+
+@dataclass(frozen=True)
+class SpeculationReport:
+    """Speculative decoding, measured.
+
+    Attributes:
+        drafts: K, tokens drafted in each round.
+        sampling, seed: how tokens were chosen; row i draws from a source seeded with seed + i.
+        prompts: the rows' prompts.
+        rows: what came of each.
+        costs: of the steps, on this machine.
+        seconds: of generating all rows, prompts included.
+    """
+
+    drafts: int
+    sampling: Sampling
+    seed: int
+    prompts: list[list[int]]
+    rows: list[Generated]
+    costs: StepCosts
+    seconds: float
+
+    @property
+    def rounds(self) -> int:
+        """Forwards of the trunk, those over the prompts aside."""
+        return sum(len(row.accepted) for row in self.rows)
+
+    @property
+    def drafted(self) -> int:
+        return self.rounds * self.drafts
+
+    @property
+    def accepted(self) -> int:
+        return sum(sum(row.accepted) for row in self.rows)
+
+    @property
+    def accepted_at(self) -> list[int]:
+        """For each draft position, in how many rounds its draft was accepted."""
+        return [sum(count > place for row in self.rows for count in row.accepted) for place in range(self.drafts)]
+
+    @property
+    def acceptance(self) -> list[float]:
+        """Share of rounds in which the draft at each position was accepted; 0 where there was no round."""
+        return [count / max(1, self.rounds) for count in self.accepted_at]
+
+    @property
+    def mean_length(self) -> float:
+        """Tokens per forward of the trunk."""
+        return 1 + self.accepted / max(1, self.rounds)
+
+    @property
+    def speedup(self) -> float:
+        """Expected against plain decoding, from the measured costs."""
+        return self.mean_length * self.costs.one / (self.costs.window + self.drafts * self.costs.head)
+
+    def acceptance_means(self) -> list[Mean]:
+        """`acceptance` with a standard error over rows. Raises TextError for fewer than two rows."""
+        counts, rows = self._rounds()
+        return [clustered_mean(counts > place, rows) for place in range(self.drafts)]
+
+    def length_mean(self) -> Mean:
+        """`mean_length` with a standard error over rows. Raises TextError for fewer than two rows."""
+        counts, rows = self._rounds()
+        return clustered_mean(1 + counts, rows)
+
+    def _rounds(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Accepted drafts of each round, and its row."""
+        counts = torch.tensor([count for row in self.rows for count in row.accepted])
+        return counts, torch.arange(len(self.rows)).repeat_interleave(torch.tensor([len(row.accepted) for row in self.rows]))
+
+
+def speculate(
+    source: TensorSource, map: ModelMap, prompts: Sequence[Sequence[int]], *, tokens: int, drafts: int,
+    temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0, stop: Sequence[int] = (),
+    dtype: torch.dtype = torch.float32, keep: int = KEPT, progress: Callable[[int, int], None] | None = None,
+) -> SpeculationReport:  # fmt: skip
+    """Generate after each prompt with drafts of the checkpoint's own MTP head.
 
     Args:
-        trunk: the trunk that the head belongs to: its embedding and its lm_head are the head's as well.
-        head: the MTP head.
-        normed_NTD: the trunk's hidden states after its final norm [rows, length, hidden].
-        ids_NT: int64 [rows, length].
-        steps: how far to draft.
+        source: a checkpoint, or a release.
+        map: its map.
+        prompts: rows of token ids, of any lengths, at least one row; for standard errors at least two.
+        tokens: how many to generate after each.
+        drafts: K, at least 1.
+        temperature, top_k, top_p: see `Sampling`; the same for trunk and head.
+        seed: of the source of chance.
+        stop: tokens that end a row.
+        dtype: what to compute in.
+        keep: bytes of the trunk's weights that may stay in memory; the others are read for every forward.
+        progress: called with (rows done, rows) after each.
 
-    Returns:
-        For each step k = 1 .. `steps`, int64 [rows, length - k]: entry t is the draft for the place after position t + k.
+    Raises:
+        CheckpointError: no MTP head that can be run, or tensors that cannot be read.
+        TextError: an empty prompt.
+        UserError: sampling parameters out of range.
     """
-    rows = []
-    for normed, ids in zip(normed_NTD[:, None], ids_NT[:, None], strict=True):
-        rows.append([trunk.greedy(hidden) for hidden in head.drafts(normed, trunk.embed(ids), steps)])
-    return [torch.cat(step) for step in zip(*rows, strict=True)]
+    assert prompts and tokens >= 1 and drafts >= 1
+    sampling, head = Sampling(temperature, top_k, top_p), MtpHead(source, map, dtype)
+    decoder = Decoder(Trunk(source, map, dtype), keep)
+    rows, begun, spent = list[Generated](), time.monotonic(), 0.0
+    for number, prompt in enumerate(prompts):
+        model, drafter = decoder.begin(), head.begin()
+        rows.append(generate_with_drafts(model, drafter, prompt, tokens, drafts, sampling, seed + number, stop))
+        spent = time.monotonic() - begun
+        if progress:
+            progress(number + 1, len(prompts))
+    costs = step_costs(model, drafter, drafts)
+    decoder.free()
+    head.free()
+    return SpeculationReport(drafts, sampling, seed, [list(p) for p in prompts], rows, costs, spent)
 
 
-def accepted(trunk_NT: Tensor, drafts: Sequence[Tensor]) -> Tensor:
-    """Which drafts the trunk accepts, bool [rows, length - K, K].
+def step_costs(model: Model, drafter: Drafter, drafts: int) -> StepCosts:
+    """What the steps cost on from where a row ended; the row is left as it was."""
+    token, model_length, drafter_length = 0, model.length, drafter.length
+    state = model.read([token], keep=True)
+    model.rewind(model_length)
 
-    Args:
-        trunk_NT: int64 [rows, length], the trunk's greedy choice after each position.
-        drafts: for each step k = 1 .. K, int64 [rows, length - k]: entry t is the draft for the place after position t + k.
-    """
-    steps, places = len(drafts), trunk_NT.shape[1] - len(drafts)
-    assert all(draft.shape[1] == trunk_NT.shape[1] - k for k, draft in enumerate(drafts, start=1)) and places > 0
-    agrees = [draft[:, :places] == trunk_NT[:, k : k + places] for k, draft in enumerate(drafts, start=1)]
-    return torch.stack(agrees, dim=-1).cumprod(dim=-1).bool().reshape(len(trunk_NT), places, steps)
+    def trunk(count: int) -> None:
+        model.logits(model.read([token] * count, keep=count > 1))
+        model.rewind(model_length)
+
+    def head() -> None:
+        model.logits(drafter.read(state, model.embed([token])))
+        drafter.rewind(drafter_length)
+
+    steps = (lambda: trunk(1), lambda: trunk(drafts + 1), head)
+    return StepCosts(*(min(times) for times in zip(*([_seconds(step) for step in steps] for _ in range(REPEATS)), strict=True)))
 
 
-def acceptance(accepted_NPK: Tensor) -> list[Mean]:
-    """Share of drafts accepted at each position, with a standard error over rows. Raises TextError for fewer than two rows."""
-    rows, places, steps = accepted_NPK.shape
-    documents = torch.arange(rows).repeat_interleave(places)
-    return [clustered_mean(accepted_NPK[:, :, k].flatten(), documents) for k in range(steps)]
+def _seconds(step: Callable[[], None]) -> float:
+    begun = time.perf_counter()
+    step()
+    return time.perf_counter() - begun

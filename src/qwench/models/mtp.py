@@ -6,7 +6,8 @@
 Drafting further, the head reads its own m_t in place of h_t and the next token's embedding, one position on. In an engine each draft step appends one
 entry to the head's KV cache; the entries at accepted positions are overwritten from the trunk's hidden states before the next round. So step j that
 starts at position t attends to the entries of step 1 at positions <= t, and to those of steps 2 .. j that started at t. `drafts` computes exactly
-this for all t of a row at once, with the text's own tokens in place of the drafted ones (teacher forcing).
+this for all t of a row at once, with the text's own tokens in place of the drafted ones (teacher forcing). `begin` gives the engine's way: one sequence, its
+cache, one draft after the other.
 
 The formula is that of the published checkpoints' engines (vLLM's `qwen3_5_mtp`); transformers has no MTP head.
 
@@ -24,6 +25,7 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import apply_rotary_pos_emb
 
 from qwench.checkpoint.source import TensorSource
 from qwench.errors import CheckpointError
+from qwench.models.cache import KeyValues, causal_mask
 from qwench.models.map import ModelMap
 from qwench.models.modules import Modules, lend, text_positions
 from qwench.models.weights import read_block, read_slot
@@ -33,6 +35,35 @@ QUERIES = 256
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys after norm and rotation, and values: [B, G, positions, A] each."""
+
+
+class HeadReading:
+    """One sequence as the head reads it, with its cache: entry t was made of the hidden state at position t and the token at t + 1."""
+
+    def __init__(self, head: MtpHead) -> None:
+        self._head, self._memory = head, KeyValues()
+
+    @property
+    def length(self) -> int:
+        """Entries in the cache: the position that the next one stands for."""
+        return self._memory.length
+
+    @torch.no_grad()
+    def read(self, hidden_TD: Tensor, embedded_TD: Tensor) -> Tensor:
+        """Add entries, and say what each of them drafts from.
+
+        Args:
+            hidden_TD: the trunk's hidden states after its final norm at the next positions; or, for one position, what the last `read` returned for the one before.
+            embedded_TD: the embedding of the token that comes after each.
+
+        Returns:
+            The head's hidden states after its own norm [T, D]: lm_head turns the last into a draft.
+        """
+        return self._head.extend(hidden_TD[None], embedded_TD[None], self._memory)[0]
+
+    def rewind(self, length: int) -> None:
+        """Forget the entries from position `length` on: those of drafts, before the trunk's own hidden states take their places."""
+        self._memory.rewind(length)
 
 
 class MtpHead:
@@ -77,6 +108,19 @@ class MtpHead:
             for b in range(len(hidden_BTD))
         ]
         return [torch.cat(step) for step in zip(*rows, strict=True)]
+
+    def begin(self) -> HeadReading:
+        """A sequence of which the head has read nothing."""
+        return HeadReading(self)
+
+    @torch.no_grad()
+    def extend(self, hidden_1TD: Tensor, embedded_1TD: Tensor, memory: KeyValues) -> Tensor:
+        """Hidden states of the head [1, T, D] for the positions that follow those in `memory`, to which their entries are added."""
+        x = self.combine(hidden_1TD.to(self.dtype), embedded_1TD.to(self.dtype))
+        end = memory.length + x.shape[1]
+        rope = self.modules.rope(text_positions(end)[..., memory.length :], x)
+        mask = causal_mask(x.shape[1], end)
+        return self._norm("final", self._layer(x, position_embeddings=rope, attention_mask=mask, past_key_values=memory))
 
     def free(self) -> None:
         """Let go of the weights; the next use reads them again."""

@@ -103,7 +103,7 @@ class Trunk:
     @torch.no_grad()
     def logit_parts(self, hidden: Tensor, rows: int = VOCABULARY_ROWS) -> Iterator[tuple[slice, Tensor]]:
         """Logits of normed hidden states [..., D], a part of the vocabulary at a time: (its tokens, [..., tokens]), in the compute dtype."""
-        head, hidden = self._head_weight(), hidden.to(self.dtype)
+        head, hidden = self.head_weight(), hidden.to(self.dtype)
         for first in range(0, len(head), rows):
             part = slice(first, min(first + rows, len(head)))
             yield part, F.linear(hidden, head[part].to(self.dtype))
@@ -129,7 +129,8 @@ class Trunk:
         """Let go of the head, which is otherwise kept (as it is stored) after its first use."""
         self._head = None
 
-    def _head_weight(self) -> Tensor:
+    def head_weight(self) -> Tensor:
+        """The matrix [V, D] that makes logits, as it is stored; kept until `free`."""
         if self._head is None:
             slot = self.map.other("embed" if self.map.tied else "head")
             self._head = self.source.read(slot.tensor, slot.part)

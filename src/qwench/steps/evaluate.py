@@ -15,9 +15,9 @@ from torch import Tensor
 
 from qwench.checkpoint.source import TensorSource
 from qwench.errors import PlanError, TextError
+from qwench.evaluation.acceptance import DRAFTS, acceptance, accepted, draft_tokens
 from qwench.evaluation.divergence import TokenMeasures, histogram, measure_tokens
 from qwench.evaluation.lockstep import Progress, read_in_lockstep
-from qwench.evaluation.speculation import DRAFTS, acceptance, accepted, draft_tokens
 from qwench.evaluation.statistics import Mean, clustered_mean, exponential, quantile
 from qwench.formats.release import open_source
 from qwench.machine import peak_rss

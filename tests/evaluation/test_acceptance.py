@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from qwench.evaluation.speculation import acceptance, accepted, draft_tokens
+from qwench.evaluation.acceptance import acceptance, accepted, draft_tokens
 
 
 def test_acceptance_of_hand_made_drafts():
