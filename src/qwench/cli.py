@@ -47,6 +47,12 @@ ModelOption = Annotated[str, typer.Option("--model", metavar="MODEL", help="A fo
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A bundled recipe's name (see `qwench recipes`), or a YAML file.")
 ]
+CalibrationOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXT", help="Text to calibrate on in place of the recipe's: carried, a file or folder, org/name on the hub."
+    ),
+]
 ReleaseArgument = Annotated[Path, typer.Argument(metavar="DIR", help="A release that `qwench run` made.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 ThreadsOption = Annotated[int, typer.Option("--threads", min=0, help="Worker threads; 0 is one per core.")]
@@ -96,13 +102,16 @@ def plan(recipe: RecipeArgument, model: ModelOption, as_json: JsonOption = False
     Example: `qwench plan nvfp4a16 --model ./Qwen3.5-9B`
     """
     from qwench.run import plan_for
-    from qwench.steps.plan_table import as_data, show
+    from qwench.steps import gguf_table, plan_table
+    from qwench.steps.gguf_plan import GgufRelease
 
     made = plan_for(load_recipe(recipe), model)
     if as_json:
-        _print_json(as_data(made))
+        _print_json(gguf_table.as_data(made) if isinstance(made, GgufRelease) else plan_table.as_data(made))
+    elif isinstance(made, GgufRelease):
+        gguf_table.show(made, display.out)
     else:
-        show(made, display.out)
+        plan_table.show(made, display.out)
 
 
 @app.command()
@@ -110,6 +119,9 @@ def run(
     recipe: RecipeArgument,
     model: ModelOption,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the release goes; must not exist yet, or be empty.")],
+    calibration: CalibrationOption = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration rows, in place of the recipe's number.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens in each calibration row.")] = None,
     threads: ThreadsOption = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -119,8 +131,9 @@ def run(
     """
     from qwench.run import run_recipe
 
+    made = load_recipe(recipe).calibrated_on(calibration, samples, length)
     with display.progress("release") as report:
-        result = run_recipe(load_recipe(recipe), model, out, threads, report)
+        result = run_recipe(made, model, out, threads, report)
     if as_json:
         _print_json(result.model_dump(mode="json"))
     else:

@@ -3,6 +3,7 @@
     /data/Qwen3.5-9B               a folder
     Qwen/Qwen3.5-9B                the hub, newest revision
     Qwen/Qwen3.5-9B@1a2b3c         the hub, that branch, tag or commit
+    demo:dense, demo:moe           the small trained checkpoints that the package carries
 
 A folder that exists wins over an id that reads the same. From the hub we fetch config, index and sidecars first, and then only the shards that hold a wanted tensor, all of the
 commit that the first fetch saw. Pickles and Python files are never fetched.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from qwench.checkpoint.sidecars import SIDECARS
 from qwench.errors import CheckpointError
 
 ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
+DEMO = "demo:"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -53,6 +56,8 @@ def locate(model: str, *, weights: bool = True, wanted: Wanted | None = None) ->
     folder = Path(model).expanduser()
     if model and folder.exists():
         return _local(folder)
+    if model.startswith(DEMO):
+        return _carried(model)
     match = ID.fullmatch(model)
     if not match:
         what = f"{model!r} is neither a folder nor a hub id"
@@ -66,6 +71,15 @@ def locate(model: str, *, weights: bool = True, wanted: Wanted | None = None) ->
             mend = "name a revision that has them (org/name@revision), or convert the checkpoint"
             raise CheckpointError(f"hub model {repo} has no safetensors files", mend)
     return Located(path, repo, commit)
+
+
+def _carried(model: str) -> Located:
+    """A checkpoint of the package's own. Raises CheckpointError for a name that it does not have."""
+    home = Path(str(resources.files("qwench"))) / "demo"
+    names = sorted(path.parent.name for path in home.glob(f"*/{CONFIG_NAME}"))
+    if model.removeprefix(DEMO) not in names:
+        raise CheckpointError(f"there is no {model}", f"the package carries {', '.join(DEMO + name for name in names)}")
+    return Located(home / model.removeprefix(DEMO), model)
 
 
 def _local(folder: Path) -> Located:

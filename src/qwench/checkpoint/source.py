@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -78,4 +78,23 @@ class TensorSource(Protocol):
 
     def read(self, name: str, part: Part = ()) -> Tensor:
         """One tensor, or a part of it; only that part is moved. Raises CheckpointError where the file does not hold it."""
+        ...
+
+
+class StoredSource(TensorSource, Protocol):
+    """A source whose stored bytes can be passed on: a checkpoint, or a view of one (see `views`).
+
+    Attributes:
+        notes: what is odd about it, but no reason to stop; one sentence each.
+    """
+
+    @property
+    def notes(self) -> Sequence[str]: ...
+
+    def chunks(self, name: str, part: Part = ()) -> Iterator[memoryview]:
+        """The stored bytes of a tensor or a part, not interpreted. Each chunk is valid until the next is asked for. Raises CheckpointError."""
+        ...
+
+    def stamp(self) -> str:
+        """A digest that differs once somebody has written over the files."""
         ...

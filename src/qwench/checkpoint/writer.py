@@ -33,8 +33,8 @@ from qwench.checkpoint.folder import INDEX_NAME
 from qwench.checkpoint.header import FileLayout
 from qwench.checkpoint.journal import Journal, read_journal
 from qwench.checkpoint.parts import part_shape
-from qwench.checkpoint.reader import CHUNK, Checkpoint
-from qwench.checkpoint.source import DTYPE_CODE, Part, TensorEntry
+from qwench.checkpoint.reader import CHUNK
+from qwench.checkpoint.source import DTYPE_CODE, Part, StoredSource, TensorEntry
 from qwench.checkpoint.staging import Staging, check_output, output_errors
 from qwench.errors import CheckpointError
 
@@ -83,6 +83,11 @@ class CheckpointWriter:
         return {name for name, count in self._pending.items() if count == 0}
 
     @property
+    def staged(self) -> Path:
+        """The folder that the files grow in, before it gets its name."""
+        return self._staging.files
+
+    @property
     def scratch(self) -> Path:
         """A folder beside the unfinished files for what a run must remember besides; it is kept with them, and goes with the commit."""
         return self._staging.walk
@@ -112,8 +117,8 @@ class CheckpointWriter:
         data = _bytes_of(tensor)
         self._put(entry, (data[i : i + CHUNK] for i in range(0, len(data), CHUNK)))
 
-    def copy(self, name: str, source: Checkpoint, tensor: str, part: Part = ()) -> None:
-        """Put a stored tensor, or a part of one, in its place bit for bit, whatever its bytes mean. Raises CheckpointError as `Checkpoint.read` does."""
+    def copy(self, name: str, source: StoredSource, tensor: str, part: Part = ()) -> None:
+        """Put a stored tensor, or a part of one, in its place bit for bit, whatever its bytes mean. Raises CheckpointError as `chunks` does."""
         entry, stored = self._entries[name], source.tensors[tensor]
         assert stored.dtype == entry.dtype, f"{name} is planned as {entry.dtype}, {tensor} is {stored.dtype}"
         assert part_shape(stored.shape, part) == entry.shape, (
@@ -143,9 +148,10 @@ class CheckpointWriter:
         others = {**(sidecars or {}), **self._index()}
         assert not others.keys() & {layout.name for layout in self.files}, "a sidecar has the name of a tensor file"
         for name, content in others.items():
-            assert Path(name).name == name, f"sidecar {name} is not directly in the folder"
+            assert _within(name), f"sidecar {name} is not in the folder or one below it"
             data = content if isinstance(content, bytes) else _content(content)
             with output_errors(self._staging.files / name):
+                (self._staging.files / name).parent.mkdir(exist_ok=True)
                 _write_file(self._staging.files / name, data)
         for layout in self.files:
             with output_errors(self._staging.files / layout.name):
@@ -168,10 +174,12 @@ class CheckpointWriter:
     def _lay_out(self, stack: ExitStack) -> None:
         """Every file with its header and its full size, and nothing else in the folder (an earlier run may have died among its sidecars)."""
         self._staging.files.mkdir(exist_ok=True)
-        names = {layout.name for layout in self.files}
-        for stray in [p for p in self._staging.files.iterdir() if p.name not in names]:
+        names = {self._staging.files / layout.name for layout in self.files}
+        for stray in [p for p in self._staging.files.rglob("*") if p.is_file() and p not in names]:
             stray.unlink()
         for layout in self.files:
+            assert _within(layout.name), f"file {layout.name} is not in the folder or one below it"
+            (self._staging.files / layout.name).parent.mkdir(exist_ok=True)
             descriptor = os.open(self._staging.files / layout.name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             stack.callback(os.close, descriptor)
             os.ftruncate(descriptor, layout.nbytes)
@@ -225,13 +233,21 @@ class CheckpointWriter:
                 self._missing -= entry.nbytes
 
     def _index(self) -> dict[str, bytes]:
-        """The index, where readers need one: `metadata.total_size` is the bytes of all tensors, as everywhere."""
-        if [layout.name for layout in self.files] == [SINGLE]:
+        """The index of the files directly in the folder, where readers need one: `metadata.total_size` is the bytes of their tensors, as everywhere."""
+        own = {layout.name for layout in self.files if "/" not in layout.name}
+        if own == {SINGLE}:
             return {}
-        total = sum(entry.nbytes for entry in self._entries.values())
-        weight_map = {name: self._entries[name].file for name in sorted(self._entries)}
+        entries = [entry for entry in self._entries.values() if entry.file in own]
+        total = sum(entry.nbytes for entry in entries)
+        weight_map = {entry.name: entry.file for entry in sorted(entries, key=lambda entry: entry.name)}
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, ensure_ascii=False)
         return {INDEX_NAME: f"{text}\n".encode()}
+
+
+def _within(name: str) -> bool:
+    """Whether a file name is plain, or one in a plain folder."""
+    parts = name.split("/")
+    return len(parts) <= 2 and all(part and part not in {".", ".."} for part in parts)
 
 
 def _whole_fingerprint(fingerprint: str, files: Sequence[FileLayout]) -> str:

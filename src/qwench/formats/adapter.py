@@ -7,7 +7,7 @@ A folder of two files:
 - `adapter_config.json`: PEFT's LoraConfig. Modules that are too small for the rank have less of it; `rank_pattern` and `alpha_pattern` say so
   together, since PEFT and vLLM scale by alpha / rank (GPTQModel never scales).
 
-It must not lie in the release's own folder: transformers takes an `adapter_config.json` there for the model, and vLLM reads every `.safetensors` that
+It must not lie among the release's own files, so it has a folder below them: transformers takes an `adapter_config.json` there for the model, and vLLM reads every `.safetensors` that
 it finds. GPTQModel wants a correction for every quantized module, and must be told the rank that `r` says.
 """
 
@@ -30,6 +30,8 @@ from qwench.errors import CheckpointError
 from qwench.formats.gptq import PREFIXES
 from qwench.formats.matching import patterns
 
+FOLDER = "eora"
+"""The folder inside of a release where its corrections lie."""
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."

@@ -22,6 +22,7 @@ from qwench.checkpoint.reader import Checkpoint
 from qwench.checkpoint.source import Part, TensorEntry, TensorSource
 from qwench.errors import CheckpointError
 from qwench.formats import FORMATS, Container
+from qwench.formats.adapter import CONFIG_NAME, FOLDER, Adapter, Corrected
 from qwench.numerics import Quantized, Scheme, decode
 
 ACTIVATION_SUFFIXES = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point")
@@ -40,14 +41,23 @@ class Stored:
     shape: tuple[int, int]
 
 
-def open_source(folder: Path) -> TensorSource:
+def open_source(folder: Path, corrected: bool = True) -> TensorSource:
     """The tensors of a folder, decoded where its `config.json` says that they are quantized.
+
+    Args:
+        corrected: add the low-rank corrections that lie with it, if any (see `adapter`); engines that know nothing of them read the folder without.
 
     Raises:
         CheckpointError: everything that is wrong with the folder, and formats that we cannot read.
     """
     checkpoint = Checkpoint.open(folder)
-    return Release(checkpoint) if checkpoint.config.get("quantization_config") else checkpoint
+    source: TensorSource = Release(checkpoint) if checkpoint.config.get("quantization_config") else checkpoint
+    return Corrected(source, Adapter(folder / FOLDER)) if corrected and has_corrections(folder) else source
+
+
+def has_corrections(folder: Path) -> bool:
+    """Whether low-rank corrections lie with a release."""
+    return (folder / FOLDER / CONFIG_NAME).is_file()
 
 
 def container_of(config: Mapping[str, Any]) -> Container:

@@ -13,6 +13,8 @@ The recipe says what; the command line says where and on which machine. An unkno
 Targets are roles (see `qwench.models.map`), never patterns over tensor names.
 """
 
+from qwench.recipe.gguf import ExportGguf, TypeOverride
+from qwench.recipe.graft import AcceptanceGate, Graft
 from qwench.recipe.load import bundled, load_recipe, parse_recipe
 from qwench.recipe.recipe import Recipe, recipe_data
 from qwench.recipe.rules import Rule, SchemeSpec, layer_range, suggestion
@@ -29,17 +31,21 @@ from qwench.recipe.steps import (
 )
 
 __all__ = [
+    "AcceptanceGate",
     "AutoRoundSettings",
     "Calibration",
     "Correct",
     "Export",
+    "ExportGguf",
     "GptqSettings",
+    "Graft",
     "Quantize",
     "Recipe",
     "Rule",
     "SchemeSpec",
     "Smooth",
     "Step",
+    "TypeOverride",
     "bundled",
     "byte_size",
     "layer_range",

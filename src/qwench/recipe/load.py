@@ -9,7 +9,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from qwench.errors import RecipeError
-from qwench.recipe import rules, steps
+from qwench.recipe import gguf, graft, rules, steps
+from qwench.recipe.gguf import GGUF_TAG, TENSORS_TAG
 from qwench.recipe.recipe import Recipe
 from qwench.recipe.rules import Strict, suggestion
 
@@ -61,7 +62,11 @@ def _explain(error: ValidationError) -> list[str]:
     """Pydantic's complaints as lines that name the place, with a suggestion for unknown keys."""
     lines = []
     for item in error.errors():
-        place = ".".join(str(p) for p in item["loc"])
+        if item["type"] == "default_factory_not_called" or (
+            item["loc"] == ("steps",) and item["type"] == "too_short" and lines
+        ):
+            continue  # what follows from a complaint before it
+        place = ".".join(str(p) for p in item["loc"] if p not in (GGUF_TAG, TENSORS_TAG))
         if item["type"] == "extra_forbidden":
             lines.append(f"{place}: unknown key{suggestion(str(item['loc'][-1]), _all_keys())}")
         else:
@@ -72,6 +77,6 @@ def _explain(error: ValidationError) -> list[str]:
 def _all_keys() -> list[str]:
     """Every key that some part of a recipe knows."""
     parts: list[type[BaseModel]] = [Recipe]
-    for room in (rules, steps):
+    for room in (rules, steps, gguf, graft):
         parts += [found for found in vars(room).values() if isinstance(found, type) and issubclass(found, Strict)]
     return sorted({name for part in parts for name in part.model_fields})

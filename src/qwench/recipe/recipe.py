@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
+from qwench.recipe.gguf import ExportGguf
+from qwench.errors import RecipeError
+from qwench.recipe.graft import AcceptanceGate, Graft
 from qwench.recipe.rules import Strict
 from qwench.recipe.steps import Calibration, Correct, Export, Quantize, Smooth, Step, default_calibration, reads_rows
 
@@ -18,12 +21,19 @@ class Recipe(Strict):
         about: one line for lists.
         steps: what is done, in order; `export` comes last, once.
         calibration: the rows that its steps read; None where none of them reads any.
+        acceptance: how much acceptance an MTP head may lose before the run refuses to finish; `off` where nobody is to look.
     """
 
     name: str
     about: str = ""
     steps: tuple[Step, ...] = Field(min_length=1)
     calibration: Calibration | None = Field(default_factory=lambda data: default_calibration(data.get("steps", ())))
+    acceptance: AcceptanceGate | Literal["off"] = AcceptanceGate()
+
+    @field_validator("acceptance", mode="before")
+    @classmethod
+    def _off(cls, value: object) -> object:
+        return "off" if value is False else value  # YAML reads a bare `off` as false
 
     @model_validator(mode="after")
     def _export_last(self) -> Recipe:
@@ -37,8 +47,18 @@ class Recipe(Strict):
         order = list(Step.model_fields)
         if kinds != sorted(kinds, key=order.index) or any(kinds.count(kind) > 1 for kind in kinds):
             raise ValueError(f"steps come once each and in this order: {', '.join(order)}")
-        if "quantize" not in kinds and len(kinds) > 1:
+        if "quantize" not in kinds and {"smooth", "correct"} & set(kinds):
             raise ValueError("smooth and correct need a quantize step between them")
+        return self
+
+    @model_validator(mode="after")
+    def _gguf_quantizes_itself(self) -> Recipe:
+        others = [name for name in ("smooth", "quantize", "correct") if getattr(self, name)]
+        if self.gguf and others:
+            raise ValueError(
+                f"a gguf export chooses its own number formats, and {', '.join(others)} would not reach them: take "
+                f"{'it' if len(others) == 1 else 'them'} out; types are in `types` and `overrides` of the export"
+            )
         return self
 
     @model_validator(mode="after")
@@ -48,6 +68,29 @@ class Recipe(Strict):
         if self.calibrated and not self.calibration:
             raise ValueError("a step reads calibration rows: leave calibration out for the default, or describe it")
         return self
+
+    def calibrated_on(self, text: str | None = None, samples: int | None = None, length: int | None = None) -> Recipe:
+        """The same recipe on other rows; what is None stays. Raises RecipeError where nothing reads rows, or a number is impossible."""
+        changed: dict[str, Any] = {k: v for k, v in {"text": text, "samples": samples, "length": length}.items() if v is not None}
+        if not changed:
+            return self
+        if self.calibration is None:
+            raise RecipeError(
+                f"recipe {self.name} reads no calibration rows, {', '.join(changed)} was given", "leave the option out"
+            )
+        if text is not None and text != self.calibration.text:  # these describe the text that the recipe names
+            changed |= {"column": None, "split": "train", "revision": None}
+        try:
+            return self.model_copy(update={"calibration": Calibration.model_validate(self.calibration.model_dump() | changed)})
+        except ValidationError as error:
+            found = error.errors()[0]
+            raise RecipeError(
+                f"calibration {found['loc'][0]}: {found['msg']}, {found['input']} was given", "see docs/recipes.md"
+            ) from None
+
+    @property
+    def graft(self) -> Graft | None:
+        return next((s.graft for s in self.steps if s.graft), None)
 
     @property
     def smooth(self) -> Smooth | None:
@@ -69,8 +112,14 @@ class Recipe(Strict):
     @property
     def export(self) -> Export:
         export = self.steps[-1].export
-        assert export is not None
+        assert isinstance(export, Export), "a gguf export is in `gguf`"
         return export
+
+    @property
+    def gguf(self) -> ExportGguf | None:
+        """The export step where it makes GGUF files; `export` is then out of bounds."""
+        export = self.steps[-1].export
+        return export if isinstance(export, ExportGguf) else None
 
 
 def recipe_data(recipe: Recipe) -> dict[str, Any]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
+from qwench.recipe.gguf import GGUF_TAG, TENSORS_TAG, ExportGguf, export_tag
+from qwench.recipe.graft import Graft
 from qwench.recipe.rules import Rule, Strict
 
 
@@ -53,14 +56,14 @@ class Smooth(Strict):
 
     Attributes:
         folds: where scales may move: `norm.post` (into gate and up; in a mixture of experts into every reader of that norm), `norm.input` (into q/k/v, or the
-            Gated DeltaNet's input projections), `mlp.up`, `expert.up`, `shared.up` (into the down projection).
+            Gated DeltaNet's input projections), `attention.v` (into o, one scale for all query heads that read a value head), `mlp.up`, `expert.up`, `shared.up` (into the down projection).
         layers: see Rule.
         grid: points of the search.
         duo: divide by the weights' own magnitudes too.
         clip: search a smaller range for each group afterwards.
     """
 
-    folds: tuple[Literal["norm.post", "norm.input", "mlp.up", "expert.up", "shared.up"], ...] = ("norm.post",)
+    folds: tuple[Literal["norm.post", "norm.input", "attention.v", "mlp.up", "expert.up", "shared.up"], ...] = ("norm.post",)
     layers: str = "all"
     grid: int = Field(20, ge=2, le=200)
     duo: bool = False
@@ -111,28 +114,40 @@ class Calibration(Strict):
         return "off" if value is False else value  # YAML reads a bare `off` as false
 
 
+Component = Literal["text", "mtp", "vision"]
+"""Parts of a checkpoint that may be stored apart."""
+
+Dtype = Literal["source", "bfloat16", "float32"]
+"""What weights that stay unquantized are stored in; `source` keeps them bit for bit."""
+
+
 class Export(Strict):
     """How the result is laid out on disk.
 
     Attributes:
         format: the container format: `compressed-tensors`, or for symmetric INT4 and INT8 `gptq` and `auto-round`.
         shard_size: largest size of one safetensors file: `5GB`, `500MB`.
-        dtype: of the weights that are kept; `source` keeps them bit for bit.
+        dtype: of the weights that are kept: `source`, `bfloat16` or `float32`, for all or by component: `{text: bfloat16, vision: source}`.
+        files: components that get a file of their own, by its name without ending: `{visual_mtp: [vision, mtp]}`; all else goes to `model`.
+        layout: `source` keeps names and config; `text` makes a text-only causal LM (`model.layers.*`, Qwen3_5ForCausalLM), without the tower.
+        drop: components that stay behind. The tower only goes with `layout: text`.
     """
 
     format: Literal["compressed-tensors", "gptq", "auto-round"] = "compressed-tensors"
     shard_size: str = "5GB"
-    dtype: str = "source"
+    dtype: Dtype | dict[Component, Dtype] = "source"
+    files: dict[str, tuple[Component, ...]] = Field(default_factory=dict)
+    layout: Literal["source", "text"] = "source"
+    drop: tuple[Literal["mtp", "vision"], ...] = ()
 
-    @field_validator("dtype")
+    @field_validator("dtype", mode="before")
     @classmethod
-    def _dtype(cls, value: str) -> str:
-        if value in {"float16", "fp16", "half"}:
+    def _dtype(cls, value: object) -> object:
+        said = value.values() if isinstance(value, dict) else [value]
+        if any(word in {"float16", "fp16", "half"} for word in said):
             raise ValueError(
                 "float16 is refused: Gated DeltaNet's intermediate values overflow it; leave dtype out, or say source"
             )
-        if value != "source":
-            raise ValueError(f"dtype {value!r} is not known; known: source")
         return value
 
     @field_validator("shard_size")
@@ -140,6 +155,29 @@ class Export(Strict):
     def _size(cls, value: str) -> str:
         byte_size(value)
         return value
+
+    @field_validator("files")
+    @classmethod
+    def _named(cls, value: dict[str, tuple[Component, ...]]) -> dict[str, tuple[Component, ...]]:
+        for name in value:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or name == "model":
+                raise ValueError(f"file {name!r}: give a plain name other than model, without ending")
+        named = [component for components in value.values() for component in components]
+        if "text" in named or len(named) != len(set(named)):
+            raise ValueError("text stays in model.safetensors, and each other component goes to one file at most")
+        return value
+
+    @model_validator(mode="after")
+    def _tower_goes_with_the_layout(self) -> Export:
+        if "vision" in self.drop and self.layout == "source":
+            raise ValueError(
+                "the classes of conditional generation build a tower whatever the files hold: to drop vision say layout: text"
+            )
+        return self
+
+    def dtype_of(self, component: Component) -> Dtype:
+        """What the kept weights of a component are stored in."""
+        return self.dtype.get(component, "source") if isinstance(self.dtype, dict) else self.dtype
 
 
 def byte_size(text: str) -> int:
@@ -157,13 +195,18 @@ def byte_size(text: str) -> int:
     raise ValueError(f"size {text!r} is not of the form 5GB, 500MB or 2GiB")
 
 
+AnyExport = Annotated[Annotated[Export, Tag(TENSORS_TAG)] | Annotated[ExportGguf, Tag(GGUF_TAG)], Discriminator(export_tag)]
+"""Either kind, told apart by `format`."""
+
+
 class Step(Strict):
     """One entry of `steps`: exactly one of its keys."""
 
+    graft: Graft | None = None
     smooth: Smooth | None = None
     quantize: Quantize | None = None
     correct: Correct | None = None
-    export: Export | None = None
+    export: AnyExport | None = None
 
     @model_validator(mode="after")
     def _one(self) -> Step:
@@ -174,7 +217,8 @@ class Step(Strict):
 
 def reads_rows(step: Step) -> bool:
     """Whether a step reads calibration rows."""
-    return bool(step.smooth or step.correct or (step.quantize and step.quantize.method != "rtn"))
+    observed = isinstance(step.export, ExportGguf) and step.export.importance
+    return bool(step.smooth or step.correct or observed or (step.quantize and step.quantize.method != "rtn"))
 
 
 def default_calibration(steps: tuple[Step, ...]) -> Calibration | None:

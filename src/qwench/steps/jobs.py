@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from qwench.checkpoint.source import BYTES_OF, TensorEntry, TensorSource, TensorSpec
 from qwench.checkpoint.writer import FileLayout
-from qwench.formats import FORMATS
+from qwench.formats import FORMATS, adapter
 from qwench.models.map import Block, ModelMap, Slot
 from qwench.numerics.scheme import Scheme
+from qwench.recipe import Export, byte_size
+from qwench.recipe.steps import Component
+
+SCALES = "BF16"
+"""What plain scales are stored in, whatever the source's dtype: engines hold them in what they compute in."""
+PLAIN_CODE = {"bfloat16": "BF16", "float32": "F32"}
+PLAIN = frozenset({"BF16", "F32", "F64"})
+"""Dtypes that may be converted into each other."""
 
 
 @dataclass(frozen=True)
@@ -31,19 +39,28 @@ class Job:
         quantized: the set, or None.
         format: the container that the set is packed in.
         outputs: what it writes.
+        adapter: the tensors of low-rank corrections, which go to a folder of their own.
+        component: what it belongs to, where components get files of their own.
     """
 
     outputs: tuple[TensorSpec, ...]
     copied: TensorEntry | None = None
     quantized: WeightSet | None = None
     format: str = "compressed-tensors"
+    adapter: tuple[TensorSpec, ...] = ()
+    component: Component = "text"
+
+    @property
+    def written(self) -> tuple[TensorSpec, ...]:
+        """Everything that it writes."""
+        return self.outputs + self.adapter
 
     @property
     def nbytes(self) -> int:
         return sum(o.nbytes for o in self.outputs)
 
 
-def weight_sets(block: Block, schemes: dict[str, Scheme]) -> Iterator[WeightSet]:
+def weight_sets(block: Block, schemes: Mapping[str, Scheme]) -> Iterator[WeightSet]:
     """The quantized weights of a block: first what engines fuse, then each other weight by itself."""
     done: set[str] = set()
     for name, members in block.fused.items():
@@ -57,65 +74,114 @@ def weight_sets(block: Block, schemes: dict[str, Scheme]) -> Iterator[WeightSet]
             yield WeightSet(slot.module, (slot,), schemes[slot.module])
 
 
-def jobs_of(source: TensorSource, map: ModelMap, schemes: dict[str, Scheme], format: str) -> Iterator[Job]:
+@dataclass(frozen=True)
+class Storage:
+    """How a release stores what a run makes of a checkpoint.
+
+    Attributes:
+        source: the checkpoint.
+        schemes: module -> scheme of every quantized weight.
+        export: the recipe's last step.
+        rank: of the low-rank corrections of the trunk's quantized weights; 0 for none.
+    """
+
+    source: TensorSource
+    schemes: Mapping[str, Scheme]
+    export: Export
+    rank: int = 0
+
+    def dtype(self, slot: Slot) -> str:
+        """The safetensors code that a weight's plain numbers get: its own, or what the recipe says for its component."""
+        stored, wanted = self.source.tensors[slot.tensor].dtype, self.export.dtype_of(component_of(slot))
+        return stored if wanted == "source" or stored not in PLAIN else PLAIN_CODE[wanted]
+
+    def copied(self, slot: Slot) -> Job:
+        """A kept tensor: bit for bit, or in another dtype."""
+        entry = self.source.tensors[slot.tensor]
+        return Job((TensorSpec(entry.name, self.dtype(slot), entry.shape),), copied=entry, component=component_of(slot))
+
+    def quantized(self, weights: WeightSet) -> Job:
+        """A set of quantized weights, and their corrections."""
+        outputs: list[TensorSpec] = []
+        corrected: dict[str, tuple[int, ...]] = {}
+        container = FORMATS[self.export.format]
+        for slot in weights.slots:
+            outputs += container.layout(slot.module, slot.shape, weights.scheme, SCALES)
+            if self.corrects(slot):
+                corrected[slot.module] = slot.shape
+        return Job(
+            tuple(outputs),
+            quantized=weights,
+            format=self.export.format,
+            adapter=tuple(adapter.layout(corrected, self.rank)) if corrected else (),
+            component=component_of(weights.slots[0]),
+        )
+
+    def corrects(self, slot: Slot) -> bool:
+        """Whether a weight gets a low-rank correction: quantized ones of the trunk's layers, since no engine adds one to an MTP head."""
+        return self.rank > 0 and slot.module in self.schemes and slot.layer is not None and component_of(slot) == "text"
+
+
+def component_of(slot: Slot) -> Component:
+    """Which component a weight belongs to."""
+    head = slot.role.partition(".")[0]
+    return "mtp" if head == "mtp" else "vision" if head == "vision" else "text"
+
+
+def jobs_of(storage: Storage, map: ModelMap) -> Iterator[Job]:
     """Copies and quantized sets, layer by layer; what stands outside of layers goes where it is stored: embedding first, tower last."""
     outside: dict[str, list[Slot]] = {}
     for slot in map.others:
         outside.setdefault(slot.role.partition(".")[0], []).append(slot)
-    single = [WeightSet(s.module, (s,), schemes[s.module]) for s in map.others if s.module in schemes]
-    by_module = {w.name: w for w in single}
 
     def others(*components: str) -> Iterator[Job]:
         for component in components:
             for slot in outside.pop(component, []):
-                yield (
-                    _quantized(by_module[slot.module], source, format)
-                    if slot.module in by_module
-                    else _copy(source.tensors[slot.tensor])
-                )
+                scheme = storage.schemes.get(slot.module)
+                yield storage.quantized(WeightSet(slot.module, (slot,), scheme)) if scheme else storage.copied(slot)
 
     yield from others("embed")
     for block in map.blocks:
-        yield from _block_jobs(block, source, schemes, format)
+        yield from _block_jobs(block, storage)
     yield from others("norm", "head", "mtp")
     for block in map.mtp:
-        yield from _block_jobs(block, source, schemes, format)
+        yield from _block_jobs(block, storage)
     yield from others(*list(outside))
 
 
-def _block_jobs(block: Block, source: TensorSource, schemes: dict[str, Scheme], format: str) -> Iterator[Job]:
-    kept = dict.fromkeys(s.tensor for s in block.slots if s.module not in schemes)
-    for tensor in kept:
-        yield _copy(source.tensors[tensor])
-    for weights in weight_sets(block, schemes):
-        yield _quantized(weights, source, format)
+def _block_jobs(block: Block, storage: Storage) -> Iterator[Job]:
+    kept = {slot.tensor: slot for slot in block.slots if slot.module not in storage.schemes}
+    for slot in kept.values():
+        yield storage.copied(slot)
+    for weights in weight_sets(block, storage.schemes):
+        yield storage.quantized(weights)
 
 
-def _copy(entry: TensorEntry) -> Job:
-    return Job((TensorSpec(entry.name, entry.dtype, entry.shape),), copied=entry)
+def files_of(jobs: Sequence[Job], export: Export) -> tuple[FileLayout, ...]:
+    """Components to their files, each filled up to the limit; a job's tensors stay together. Corrections lie in one file of their own folder."""
+    limit = byte_size(export.shard_size)
+    apart = {component: name for name, components in export.files.items() for component in components}
+    files: list[FileLayout] = []
+    for name in ("model", *export.files):
+        files += _shards(name, [job for job in jobs if apart.get(job.component, "model") == name], limit)
+    corrections = tuple(tensor for job in jobs for tensor in job.adapter)
+    if corrections:
+        files.append(FileLayout(f"{adapter.FOLDER}/{adapter.WEIGHTS_NAME}", corrections))
+    return tuple(files)
 
 
-def _quantized(weights: WeightSet, source: TensorSource, format: str) -> Job:
-    outputs: list[TensorSpec] = []
-    for slot in weights.slots:
-        dtype = source.tensors[slot.tensor].dtype
-        outputs += FORMATS[format].layout(slot.module, slot.shape, weights.scheme, dtype)
-    return Job(tuple(outputs), quantized=weights, format=format)
-
-
-def files_of(jobs: Sequence[Job], limit: int) -> tuple[FileLayout, ...]:
-    """Fill files up to the limit; a job's tensors stay together."""
-    groups: list[list[TensorSpec]] = [[]]
-    filled = 0
+def _shards(stem: str, jobs: Sequence[Job], limit: int) -> Iterator[FileLayout]:
+    groups: list[list[TensorSpec]] = []
+    filled = limit
     for job in jobs:
-        if groups[-1] and filled + job.nbytes > limit:
+        if not groups or (groups[-1] and filled + job.nbytes > limit):
             groups.append([])
             filled = 0
         groups[-1] += job.outputs
         filled += job.nbytes
-    if len(groups) == 1:
-        return (FileLayout("model.safetensors", tuple(groups[0])),)
-    return tuple(FileLayout(f"model-{n:05d}-of-{len(groups):05d}.safetensors", tuple(g)) for n, g in enumerate(groups, start=1))
+    for number, group in enumerate(groups, start=1):
+        name = stem if len(groups) == 1 else f"{stem}-{number:05d}-of-{len(groups):05d}"
+        yield FileLayout(f"{name}.safetensors", tuple(group))
 
 
 COPY_BUFFER = 2**20

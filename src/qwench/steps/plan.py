@@ -8,19 +8,20 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from qwench.checkpoint.folder import INDEX_NAME
 from qwench.checkpoint.source import TensorSource
-from qwench.checkpoint.writer import FileLayout
+from qwench.checkpoint.writer import SINGLE, FileLayout
 from qwench.errors import PlanError
-from qwench.formats import FORMATS
+from qwench.formats import FORMATS, adapter
 from qwench.models.map import ModelMap
 from qwench.numerics.scheme import Scheme
-from qwench.recipe import Recipe, byte_size, recipe_data
+from qwench.recipe import Export, Recipe, recipe_data
 from qwench.steps.assign import Complaint, assign, assigned, shape_complaints, split_sets
-from qwench.steps.jobs import COPY_BUFFER, Job, files_of, job_memory, jobs_of
+from qwench.steps.jobs import COPY_BUFFER, Job, Storage, files_of, job_memory, jobs_of
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,26 @@ class Plan:
         """Changes with the recipe, the source's tensors, or the layout of the result: what a resumed run must share."""
         source = [(e.name, e.dtype, e.shape, e.file, e.start) for e in self.source.tensors.values()]
         files = [(f.name, [(t.name, t.dtype, t.shape) for t in f.tensors]) for f in self.files]
-        text = json.dumps([recipe_data(self.recipe), str(self.source.folder), source, files, self.config], sort_keys=True)
+        recipe = {k: v for k, v in recipe_data(self.recipe).items() if k != "acceptance"}  # which is asked of the bytes, and makes none
+        text = json.dumps([recipe, str(self.source.folder), source, files, self.config], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def sidecars(self) -> dict[str, bytes]:
         """Files that the container wants besides config.json, by name."""
         config = self.config.get("quantization_config")
-        return FORMATS[self.recipe.export.format].sidecars(config) if config else {}
+        found = FORMATS[self.recipe.export.format].sidecars(config) if config else {}
+        corrected = self.corrected
+        if corrected and self.recipe.correct:
+            data = adapter.adapter_config(corrected, self.recipe.correct.rank, base="..")
+            found[f"{adapter.FOLDER}/{adapter.CONFIG_NAME}"] = (json.dumps(data, indent=2) + "\n").encode()
+        return found
+
+    @property
+    def corrected(self) -> dict[str, tuple[int, ...]]:
+        """Module -> (out, in) of every weight with a low-rank correction."""
+        sets = [job.quantized for job in self.jobs if job.quantized and job.adapter]
+        return {slot.module: slot.shape for found in sets for slot in found.slots}
 
     @property
     def quantized_tensors(self) -> int:
@@ -69,12 +82,17 @@ class Plan:
     @property
     def kept_tensors(self) -> int:
         """Stored tensors that come out bit for bit."""
-        return sum(job.copied is not None for job in self.jobs)
+        return sum(job.copied is not None and job.outputs[0].dtype == job.copied.dtype for job in self.jobs)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors of the release."""
         return sum(job.nbytes for job in self.jobs)
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Bytes of the low-rank corrections beside it."""
+        return sum(tensor.nbytes for job in self.jobs for tensor in job.adapter)
 
     @property
     def bits_per_weight(self) -> float:
@@ -93,24 +111,43 @@ def make_plan(recipe: Recipe, source: TensorSource, map: ModelMap) -> Plan:
     complaints = list(_source_complaints(source))
     schemes, notes, found = assign(recipe, map)
     complaints += found
-    if recipe.correct:
-        complaints.append(("EoRA corrections are computed but not yet written beside a release", "take the correct step out"))
     for block in (*map.blocks, *map.mtp):
         complaints += split_sets(block, schemes)
     container = FORMATS[recipe.export.format]
     complaints += shape_complaints(map, schemes, container)
     if complaints:
         raise PlanError(list(dict.fromkeys(complaints)))
-    jobs = tuple(jobs_of(source, map, schemes, recipe.export.format))
+    schemes = {slot.module: scheme for slot, scheme in assigned(map, schemes)}  # in the network's order
+    storage = Storage(source, schemes, recipe.export, recipe.correct.rank if recipe.correct else 0)
+    jobs = tuple(jobs_of(storage, map))
     kept = tuple(s.module for s in map.slots() if s.linear and s.module not in schemes)
-    modules = {s.module: scheme for s, scheme in assigned(map, schemes)}
-    config = dict(source.config)
-    if modules:
-        config["quantization_config"] = container.quantization_config(modules, kept)
-    notes += container.notes(modules.values())
-    return Plan(
-        recipe, source, map, jobs, files_of(jobs, byte_size(recipe.export.shard_size)), modules, kept, config, tuple(notes)
-    )
+    files = files_of(jobs, recipe.export)
+    config = stored_config(source.config, recipe.export, files)
+    if schemes:
+        config["quantization_config"] = container.quantization_config(schemes, kept)
+    notes += container.notes(schemes.values())
+    return Plan(recipe, source, map, jobs, files, schemes, kept, config, tuple(notes))
+
+
+def stored_config(config: dict[str, Any], export: Export, files: Sequence[FileLayout]) -> dict[str, Any]:
+    """The config of a release: its text's dtype, and where transformers finds its files.
+
+    Transformers takes a `model.safetensors` for the whole model even where an index names further files, and fills the rest with random numbers;
+    `transformers_weights` sends it to the index.
+    """
+    stored: dict[str, Any] = json.loads(json.dumps(config))
+    word = export.dtype_of("text")
+    if word != "source":
+        for part in (stored, stored.get("text_config")):
+            for key in ("dtype", "torch_dtype"):
+                if isinstance(part, dict) and key in part:
+                    part[key] = word
+    names = [file.name for file in files if "/" not in file.name]
+    if SINGLE in names and len(names) > 1:
+        stored["transformers_weights"] = INDEX_NAME
+    else:
+        stored.pop("transformers_weights", None)
+    return stored
 
 
 def _source_complaints(source: TensorSource) -> Iterator[Complaint]:

@@ -13,19 +13,19 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from qwench import numerics
-from qwench.checkpoint.reader import Checkpoint
-from qwench.checkpoint.source import TensorEntry
+from qwench.checkpoint.source import TORCH_DTYPE, StoredSource, TensorEntry
 from qwench.checkpoint.writer import CheckpointWriter
 from qwench.errors import CheckpointError
-from qwench.formats import FORMATS
+from qwench.formats import FORMATS, adapter
 from qwench.methods.rtn import round_fused
 from qwench.models.map import Slot
 from qwench.numerics import Quantized, Scheme
 from qwench.result import TensorError
-from qwench.steps.jobs import Job, WeightSet
+from qwench.steps.jobs import Job
 
 Done = Callable[[Job], None]
 """Called after each job, from the thread that did it."""
@@ -42,7 +42,7 @@ EXPONENT: dict[str, tuple[type[np.unsignedinteger[Any]], int]] = {
 """Of each stored dtype, the integer with its bits and the exponent that only infinities and NaN have."""
 
 
-def do_jobs(jobs: Sequence[Job], source: Checkpoint, writer: CheckpointWriter, done: Done) -> None:
+def do_jobs(jobs: Sequence[Job], source: StoredSource, writer: CheckpointWriter, done: Done) -> None:
     """Do every job that an earlier run left.
 
     Raises:
@@ -51,7 +51,7 @@ def do_jobs(jobs: Sequence[Job], source: Checkpoint, writer: CheckpointWriter, d
     """
     left: list[Job] = []
     for job in jobs:
-        if all(output.name in writer.done for output in job.outputs):
+        if all(tensor.name in writer.done for tensor in job.written):
             done(job)
         else:
             left.append(job)
@@ -75,15 +75,15 @@ def do_jobs(jobs: Sequence[Job], source: Checkpoint, writer: CheckpointWriter, d
             future.result()
 
 
-def do_job(job: Job, source: Checkpoint, writer: CheckpointWriter) -> None:
+def do_job(job: Job, source: StoredSource, writer: CheckpointWriter) -> None:
     """One job: a copy, or a set of weights."""
     if job.copied:
-        writer.put(job.copied.name, finite_chunks(source, job.copied))
+        writer.put(job.copied.name, stored_chunks(source, job.copied, job.outputs[0].dtype))
     elif job.quantized:
-        quantize_set(job.quantized, job.format, source, writer)
+        quantize_set(job, source, writer)
 
 
-def finite_chunks(source: Checkpoint, entry: TensorEntry) -> Iterator[memoryview]:
+def finite_chunks(source: StoredSource, entry: TensorEntry) -> Iterator[memoryview]:
     """The bytes of a stored tensor as they pass by, looked at for NaN and infinity."""
     looked_at = EXPONENT.get(entry.dtype)
     for chunk in source.chunks(entry.name):
@@ -94,11 +94,23 @@ def finite_chunks(source: Checkpoint, entry: TensorEntry) -> Iterator[memoryview
         yield chunk
 
 
-def quantize_set(weights: WeightSet, format: str, source: Checkpoint, writer: CheckpointWriter) -> None:
+def stored_chunks(source: StoredSource, entry: TensorEntry, dtype: str) -> Iterator[memoryview]:
+    """The bytes of a stored tensor as a file is to hold it: its own, or those of each number in another dtype."""
+    for chunk in finite_chunks(source, entry):
+        if dtype == entry.dtype:
+            yield chunk
+        else:
+            numbers = torch.frombuffer(bytearray(chunk), dtype=TORCH_DTYPE[entry.dtype]).to(TORCH_DTYPE[dtype])
+            yield memoryview(numbers.view(torch.uint8).numpy().data)
+
+
+def quantize_set(job: Job, source: StoredSource, writer: CheckpointWriter) -> None:
     """Read, round, pack and write the weights of one set."""
+    weights = job.quantized
+    assert weights is not None
     read = [read_weight(slot, source) for slot in weights.slots]
-    for slot, quantized in zip(weights.slots, round_fused(read, weights.scheme, read[0].dtype), strict=True):
-        write_quantized(slot, weights.scheme, quantized, format, writer)
+    for slot, quantized in zip(weights.slots, round_fused(read, weights.scheme), strict=True):
+        write_quantized(slot, weights.scheme, quantized, job.format, writer)
 
 
 def write_quantized(slot: Slot, scheme: Scheme, quantized: Quantized, format: str, writer: CheckpointWriter) -> None:
@@ -117,6 +129,9 @@ def write_quantized(slot: Slot, scheme: Scheme, quantized: Quantized, format: st
     writer.remark(ERROR + slot.module, remark.model_dump())
     for name, tensor in FORMATS[format].pack(slot.module, quantized).items():
         writer.write(name, tensor)
+    if quantized.low_rank is not None:
+        for name, tensor in adapter.pack(slot.module, quantized.low_rank).items():
+            writer.write(name, tensor)
 
 
 def errors_of(writer: CheckpointWriter) -> list[TensorError]:
@@ -124,7 +139,7 @@ def errors_of(writer: CheckpointWriter) -> list[TensorError]:
     return [TensorError.model_validate(data) for key, data in writer.remarks.items() if key.startswith(ERROR)]
 
 
-def read_weight(slot: Slot, source: Checkpoint) -> Tensor:
+def read_weight(slot: Slot, source: StoredSource) -> Tensor:
     """A weight [out, in] as stored. Raises CheckpointError where it is not finite."""
     weight = source.read(slot.tensor, slot.part)
     if not math.isfinite(numerics.largest_magnitude(weight)):
@@ -132,6 +147,6 @@ def read_weight(slot: Slot, source: Checkpoint) -> Tensor:
     return weight
 
 
-def _not_finite(tensor: str, source: Checkpoint) -> CheckpointError:
+def _not_finite(tensor: str, source: StoredSource) -> CheckpointError:
     file = source.folder / source.tensors[tensor].file
     return CheckpointError(f"{tensor} in {file} holds NaN or infinity", MEND)

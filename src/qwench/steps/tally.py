@@ -28,10 +28,10 @@ def precision_rows(plan: Plan) -> list[PrecisionRow]:
                 before = parameters * BYTES_OF[plan.source.tensors[slot.tensor].dtype]
                 _add(totals, component_of(slot.role), job.quantized.scheme.label, parameters, nbytes, before)
         elif job.copied:
-            stored: TensorSpec = job.copied
+            stored: TensorSpec = job.outputs[0]
             word = DTYPE_WORDS.get(stored.dtype, stored.dtype)
             role = slots_of[stored.name][0].role
-            _add(totals, component_of(role), word, math.prod(stored.shape), stored.nbytes, stored.nbytes)
+            _add(totals, component_of(role), word, math.prod(stored.shape), stored.nbytes, job.copied.nbytes)
     return [
         PrecisionRow(component=c, stored=s, tensors=n, parameters=p, bytes=b, source_bytes=before)
         for (c, s), (n, p, b, before) in totals.items()
