@@ -33,11 +33,6 @@ class SourceFacts(Record):
     license: str | None = None
 
 
-class FileFact(Record):
-    name: str
-    bytes: int
-
-
 class PrecisionRow(Record):
     """All weights of one component that are stored alike: `component` is attention, delta, mlp, expert, shared, embed, head, mtp, vision, other.
 
@@ -50,6 +45,28 @@ class PrecisionRow(Record):
     parameters: int
     bytes: int
     source_bytes: int | None = None
+
+
+class FileFact(Record):
+    """A file of the release, and where it is a network by itself (GGUF), what was measured on it. The classes of measurements stand below.
+
+    Attributes:
+        content: of a GGUF file: `model`, `trunk`, `mtp`, `vision`, `importance`.
+        file_type: its mix: `Q4_K_M`.
+        bits_per_weight: of its tensors, all of them.
+        precision: its tensors by component and type.
+        notes: fallbacks, and what importance did not reach.
+        evaluation: against the source.
+    """
+
+    name: str
+    bytes: int
+    content: str | None = None
+    file_type: str | None = None
+    bits_per_weight: float | None = None
+    precision: list[PrecisionRow] = Field(default_factory=list)
+    notes: list[str] = Field(default_factory=list)
+    evaluation: Evaluation | None = None
 
 
 class TensorError(Record):
@@ -116,6 +133,100 @@ class Acceptance(Record):
     by_position: list[Estimate]
 
 
+class AcceptanceCheck(Record):
+    """What the run itself measured of the MTP head before it finished: the finished bytes against what they were made from, on held-out rows.
+
+    Attributes:
+        floor: share of the source's acceptance at position 1 that the release had to reach.
+        source, release: None where it was not measured.
+        not_measured: why not; empty where it was.
+        overridden: the release fell under the floor and was finished because somebody said so.
+    """
+
+    floor: float
+    source: Acceptance | None = None
+    release: Acceptance | None = None
+    text: str = ""
+    ids_sha256: str = ""
+    documents: int = 0
+    length: int = 0
+    not_measured: str = ""
+    overridden: bool = False
+
+
+class Distance(Record):
+    """How far a matrix of the source is from the donor's: || source - donor || / || donor || over `rows` of `of_rows` rows."""
+
+    relative_rms: float
+    rows: int
+    of_rows: int
+
+
+class GraftFacts(Record):
+    """What was grafted, and how well it fits; None where the donor's file or tokenizer was not at hand.
+
+    Attributes:
+        tensors, bytes: what was taken.
+        embedding, head: distance of the source's matrices from those that the donor's MTP head learned on.
+        vocabulary_sha256: of source and donor: all tokens and ids in order of ids.
+        differing_tokens: tokens that have another id on the other side, or none; `differing_ids` are the first of those ids.
+        acceptance_source: of the head on the source's trunk.
+        acceptance_donor: of the head on its own trunk, on the same rows.
+        notes: what else differs, and what could not be measured.
+    """
+
+    donor: str
+    revision: str | None = None
+    components: list[str]
+    tensors: int
+    bytes: int
+    embedding: Distance | None = None
+    head: Distance | None = None
+    vocabulary_sha256: tuple[str, str] | None = None
+    differing_tokens: int | None = None
+    differing_ids: list[int] = Field(default_factory=list)
+    acceptance_source: Acceptance | None = None
+    acceptance_donor: Acceptance | None = None
+    notes: list[str] = Field(default_factory=list)
+
+
+class Speculation(Record):
+    """Speculative decoding by our reference decoder: the model writes, reads what it wrote, and its own MTP head drafts (`qwench.evaluation.decoding`).
+
+    Attributes:
+        drafts: tokens drafted in each round.
+        prompts, prompt_length: rows, and the tokens of each that were read before; `prompts_sha256` is that of their token ids.
+        tokens: generated after each prompt.
+        temperature, top_k, top_p, seed: how tokens were chosen; temperature 0 is greedy.
+        rounds, drafted, accepted: as engines count them: a round is one forward of the trunk.
+        by_position: share of rounds in which the draft at each position was accepted, all before it included.
+        mean_length: tokens per forward of the trunk.
+        seconds_one, seconds_window, seconds_head: of one step with its logits: the trunk over 1 position and over drafts + 1, the head over 1.
+        speedup: what the acceptance promises at these costs, against plain decoding.
+        threads: that the costs were measured with.
+    """
+
+    drafts: int
+    prompts: int
+    prompt_length: int
+    prompts_sha256: str
+    tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    rounds: int
+    drafted: int
+    accepted: int
+    by_position: list[Estimate]
+    mean_length: Estimate
+    seconds_one: float
+    seconds_window: float
+    seconds_head: float
+    speedup: float
+    threads: int
+
+
 class Evaluation(Record):
     """Source and release on the same rows.
 
@@ -144,6 +255,8 @@ class Evaluation(Record):
     loss_increase: Estimate | None = None
     acceptance_source: Acceptance | None = None
     acceptance_release: Acceptance | None = None
+    speculation_source: Speculation | None = None
+    speculation_release: Speculation | None = None
     hidden_error_by_layer: list[float] = Field(default_factory=list)
     seconds: float = 0.0
     peak_rss: int = 0
@@ -156,9 +269,13 @@ class Verification(Record):
         outcome: `agrees`, `loads` (numerics not proved, `notes` says why), `disagrees`, `failed`.
         consumed, unconsumed: tensors of the files that the engine used, and the names of those it did not.
         mean_kl, max_abs_logprob: our reading of the file against the engine's, on `positions` positions.
+        file: the file, where a release has several networks (GGUF).
+        original_kl: transformers on the source against this engine on the file, where someone gave the source and the file is unquantized; agreement
+            needs it to be at most `original_tolerance_kl`.
     """
 
     engine: str
+    file: str | None = None
     version: str
     outcome: str
     consumed: int
@@ -168,6 +285,8 @@ class Verification(Record):
     mean_kl: float | None = None
     max_abs_logprob: float | None = None
     tolerance_kl: float | None = None
+    original_kl: float | None = None
+    original_tolerance_kl: float | None = None
     generated: str | None = None
     image: str | None = None
     speculation: dict[str, float] | None = None
@@ -183,6 +302,8 @@ class Result(Record):
     errors: list[TensorError]
     run: RunFacts
     calibration: CalibrationFacts | None = None
+    graft: GraftFacts | None = None
+    acceptance: AcceptanceCheck | None = None
     evaluation: Evaluation | None = None
     verifications: list[Verification] = Field(default_factory=list)
 

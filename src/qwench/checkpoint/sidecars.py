@@ -31,6 +31,9 @@ SIDECARS = (
 )
 """Names, and patterns over names, of files that ride along."""
 
+PROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
+"""Those of them that speak of images: they come and go with the tower."""
+
 
 def sidecars_of(folder: Path) -> dict[str, Path]:
     """Name -> path of the files that a release made from this folder carries on."""

@@ -6,8 +6,10 @@ complaints, and all of them are found before the first one is raised.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -96,6 +98,12 @@ def survey(source: TensorSource) -> Survey:
     return Survey(_map(g, network, source), tuple(complaints), mtp, vision)
 
 
+def claims_of(component: str, config: Mapping[str, Any], names: Collection[str]) -> tuple[Claim, ...]:
+    """What a checkpoint of this config that stores these names should hold of a component (`text`, `mtp`, `vision`), whether or not it announces it."""
+    network = _network(read_geometry(config), config, {*names, VISION}, mtp=True)
+    return tuple(network.of(component))
+
+
 def _state(claims: Iterable[Claim], source: TensorSource, *, announced: bool) -> State:
     expected = list(claims)
     if not expected:
@@ -171,10 +179,22 @@ class Sketch:
         self.folder = Path(str(config.get("_name_or_path") or "config.json"))
         self.config = config
         self.tensors: Mapping[str, TensorEntry] = {e.name: e for e in entries}
+        self.notes: Sequence[str] = ()
 
     def read(self, name: str, part: Part = ()) -> Tensor:
         """Always raises CheckpointError."""
-        raise CheckpointError(
+        raise self._weightless(name)
+
+    def chunks(self, name: str, part: Part = ()) -> Iterator[memoryview]:
+        """Always raises CheckpointError."""
+        raise self._weightless(name)
+
+    def stamp(self) -> str:
+        """A digest of the config."""
+        return hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()
+
+    def _weightless(self, name: str) -> CheckpointError:
+        return CheckpointError(
             f"{name} cannot be read: there is only a config here, no weights", "give the folder of the checkpoint"
         )
 

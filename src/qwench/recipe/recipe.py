@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from qwench.recipe.gguf import ExportGguf
 from qwench.errors import RecipeError
+from qwench.recipe.gguf import ExportGguf
 from qwench.recipe.graft import AcceptanceGate, Graft
 from qwench.recipe.rules import Strict
 from qwench.recipe.steps import Calibration, Correct, Export, Quantize, Smooth, Step, default_calibration, reads_rows
