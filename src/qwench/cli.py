@@ -149,6 +149,14 @@ def evaluate(
     ] = None,
     documents: Annotated[int, typer.Option(min=1, help="Documents to measure on.")] = 16,
     length: Annotated[int, typer.Option(min=8, help="Tokens of each document.")] = 512,
+    speculate: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="TOKENS",
+            help="Let both write so many tokens after each document's beginning, with drafts of the MTP head.",
+        ),
+    ] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Measure a release against its source: KL divergence, perplexity, top-1 agreement, acceptance of the MTP head.
@@ -158,7 +166,7 @@ def evaluate(
     from qwench.run import evaluate_release
 
     with display.progress("evaluation", unit="blocks") as report:
-        measured = evaluate_release(release, against, text, documents, length, report)
+        measured = evaluate_release(release, against, text, documents, length, report, speculate)
     if as_json:
         _print_json(measured.model_dump(mode="json"))
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from qwench.machine import peak_rss
-from qwench.result import Estimate, Evaluation, Result, Verification
+from qwench.result import Estimate, Evaluation, Result, Speculation, Verification
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -154,4 +154,24 @@ def show_evaluation(measured: Evaluation) -> None:
     for position in range(max(len(source), len(release))):
         cells = [both(side[position], ".3f") if position < len(side) else "-" for side in (source, release)]
         rows.append((f"MTP acceptance at position {position + 1}", cells[0], cells[1]))
+    if measured.speculation_source or measured.speculation_release:
+        rows += _speculation_rows(measured.speculation_source, measured.speculation_release)
     out.print(table(f"Measured on {measured.tokens:,} tokens of {measured.text}", ["", "source", "release"], rows))
+
+
+def _speculation_rows(source: Speculation | None, release: Speculation | None) -> list[tuple[str, str, str]]:
+    """Free-running speculation, side by side; at least one was measured."""
+    drafts = max((side.drafts for side in (source, release) if side), default=0)
+
+    def line(what: str, text: Callable[[Speculation], str]) -> tuple[str, str, str]:
+        return what, text(source) if source else "-", text(release) if release else "-"
+
+    def accepted_at(place: int) -> Callable[[Speculation], str]:
+        return lambda s: f"{s.by_position[place].mean:.3f} ± {s.by_position[place].standard_error:.3f}"
+
+    return [
+        line(f"writing with {drafts} drafts: accepted / drafted", lambda s: f"{s.accepted:,} / {s.drafted:,}"),
+        *(line(f"writing: accepted at position {place + 1}", accepted_at(place)) for place in range(drafts)),
+        line("writing: tokens per forward", lambda s: f"{s.mean_length.mean:.3f} ± {s.mean_length.standard_error:.3f}"),
+        line("writing: expected speedup at our own step costs", lambda s: f"{s.speedup:.2f}"),
+    ]

@@ -131,15 +131,21 @@ def verify_release(release: Path, engine: str) -> Verification:
     return found
 
 
-def evaluate_release(release: Path, against: str, text: Path | None, documents: int, length: int, report: Report) -> Evaluation:
-    """Measure a release against its source and add the figures to the record."""
+def evaluate_release(
+    release: Path, against: str, text: Path | None, documents: int, length: int, report: Report, speculate: int = 0
+) -> Evaluation:
+    """Measure a release against its source and add the figures to the record; `speculate`: tokens that both write with drafts after each row."""
     from qwench.steps.evaluate import evaluate
     from qwench.stream.rows import held_out_rows, rows_from_text
 
     read_config(release)
     rows = rows_from_text(text, release, documents, length) if text else held_out_rows(release, documents, length)
     measured = evaluate(
-        release, locate(against).path, rows, lambda at: report(at.block, at.blocks, f"{at.tokens_per_second:.0f} tokens/s")
+        release,
+        locate(against).path,
+        rows,
+        lambda at: report(at.block, at.blocks, f"{at.tokens_per_second:.0f} tokens/s"),
+        speculate=speculate,
     )
     if (release / FILE_NAME).is_file():
         result = read_result(release)

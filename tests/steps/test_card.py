@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from qwench.errors import CheckpointError
-from qwench.result import Estimate, write_result
+from qwench.result import Estimate, Speculation, write_result
 from qwench.steps.card import error_rows, with_error, write_card
 from qwench.steps.card_engines import engine_sections, launch_command
 from tests.steps.releases import estimate, evaluation, release, row, verification, weight
@@ -83,6 +83,33 @@ def test_acceptance_of_a_source_without_mtp(tmp_path):
         precision=[row("mlp", "nvfp4 g16", 10, 40)], evaluation=evaluation(acceptance_source=None, acceptance_release=None)
     )
     assert "no MTP head: no speculation" in card(tmp_path, without)
+
+
+def speculation(accepted, **changes):
+    values = dict(
+        drafts=2, prompts=9, prompt_length=31, prompts_sha256="ef" * 32, tokens=57, temperature=0.0, top_k=0, top_p=1.0, seed=0, rounds=1234,
+        drafted=2468, accepted=accepted, by_position=[estimate(0.7123, 0.0211), estimate(0.5134, 0.0312)], mean_length=estimate(2.2257, 0.0613),
+        seconds_one=0.4, seconds_window=0.5, seconds_head=0.05, speedup=1.4838, threads=6,
+    )  # fmt: skip
+    return Speculation(**values | changes)
+
+
+def test_writing_with_drafts_is_told_where_it_was_measured(tmp_path):
+    measured = evaluation(speculation_source=speculation(1600), speculation_release=speculation(1512, speedup=1.3911))
+    text = card(tmp_path, release(evaluation=measured))
+    for line in (
+        "each model wrote 57 tokens greedily after each of 9 beginnings of 31 tokens, its head drafting 2 at a time",
+        "| drafted | 2,468 | 2,468 |\n| accepted | 1,600 | 1,512 |",
+        "| accepted at position 2 | 51.3% ± 3.1% | 51.3% ± 3.1% |",
+        "| tokens per forward of the trunk | 2.23 ± 0.06 | 2.23 ± 0.06 |",
+        "| expected speedup | 1.48 | 1.39 |",
+        "our own reference decoder on 6 threads",
+    ):
+        assert line in text, line
+    assert "ef" * 32 in text
+    one_side = card(tmp_path, release(evaluation=evaluation(speculation_release=speculation(1512, temperature=0.7, top_k=20))))
+    assert "| accepted | not measured | 1,512 |" in one_side and "at temperature 0.7, top-p 1, top-k 20" in one_side
+    assert "each model wrote" not in card(tmp_path, release())
 
 
 def test_pictures_are_drawn_and_stale_ones_removed(tmp_path):

@@ -118,13 +118,27 @@ def test_acceptance_equals_a_literal_count(source, tmp_path):
     assert [p.mean for p in found.by_position] == pytest.approx([c / (ROWS * (LENGTH - 3)) for c in counts])
 
 
+def test_speculation_is_measured_where_it_is_asked_for(source, release):
+    assert evaluate(release, source, rows()).speculation_source is None
+    found = evaluate(release, source, rows(length=70), speculate=5)
+    for side in (found.speculation_source, found.speculation_release):
+        assert (side.drafts, side.prompts, side.prompt_length, side.tokens, side.temperature) == (2, ROWS, 64, 5, 0)
+        assert side.prompts_sha256 == ids_sha256(rows(length=70).ids[:, :64]) != found.ids_sha256
+        assert side.drafted == 2 * side.rounds and side.by_position[0].mean + side.by_position[1].mean == pytest.approx(
+            side.accepted / side.rounds
+        )
+        assert side.mean_length.mean == pytest.approx(1 + side.accepted / side.rounds) and side.speedup > 0
+    assert found.speculation_release.rounds == ROWS * 4, "a random head is refused: a round for each token after the first"
+
+
 def test_mtp_missing_in_the_release_is_fine(source, tmp_path):
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config["text_config"]["mtp_num_hidden_layers"] = 0
     tensors = {n: t for n, t in load_file(source / "model.safetensors").items() if not n.startswith("mtp.")}
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    found = evaluate(tmp_path, source, rows())
+    found = evaluate(tmp_path, source, rows(), speculate=2)
+    assert found.speculation_release is None and found.speculation_source is not None
     assert found.acceptance_release is None and found.acceptance_source is not None and found.divergence.max == 0.0
 
 

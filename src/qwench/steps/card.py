@@ -21,6 +21,7 @@ from qwench.models.facts import component_of
 from qwench.result import Acceptance, Estimate, Evaluation, Result, TensorError, read_result
 from qwench.steps.card_engines import engine_sections
 from qwench.steps.card_plots import draw_plots, size_text
+from qwench.steps.card_speculation import speculation_values
 
 FILE_NAME = "README.md"
 PLOTS = "card"
@@ -88,6 +89,7 @@ def card_values(result: Result, config: dict[str, Any], title: str) -> dict[str,
         "evaluation": _evaluation(result.evaluation) if result.evaluation else None,
         "has_mtp": has_component(result, "mtp"),
         "acceptance": _acceptance_rows(result.evaluation),
+        "speculation": speculation_values(result.evaluation),
         "errors": error_rows(result.errors),
         "engines": engine_sections(result, title),
         "files": [{"name": file.name, "size": size_text(file.bytes)} for file in result.files],

@@ -2,6 +2,9 @@
 
 Divergence, perplexity, agreement, the error after every layer, and what the MTP head's drafts are worth on both sides: one pass through both models, block by
 block, each read by our own forward. A release is decoded as it is read: what is measured is the file, not what was meant to be in it.
+
+Where it is asked for, both also write on from the rows' beginnings with drafts of their heads (`steps.speculation`): what the drafts are worth when nobody holds the
+text's hand. That is token by token, and takes far longer than all the rest.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from qwench.models import ModelMap, map_of
 from qwench.models.mtp import MtpHead
 from qwench.models.run import Trunk
 from qwench.result import Acceptance, Divergence, Estimate, Evaluation
+from qwench.steps.speculation import measured_speculation
 from qwench.stream.rows import TOKENIZER_FILES, Rows, load_tokenizer
 
 
@@ -34,6 +38,7 @@ def evaluate(
     rows: Rows,
     progress: Callable[[Progress], None] | None = None,
     dtype: torch.dtype = torch.float32,
+    speculate: int = 0,
 ) -> Evaluation:
     """Everything that a card says about quality.
 
@@ -43,6 +48,7 @@ def evaluate(
         rows: at least 2 rows, in the tokens of both.
         progress: called after every decoder layer.
         dtype: what to compute in, float32 or bfloat16.
+        speculate: tokens to write after each row's beginning, with drafts of the MTP head; 0 for none.
 
     Raises:
         CheckpointError: a folder that cannot be read, or hidden states that are not finite.
@@ -61,6 +67,9 @@ def evaluate(
     )  # fmt: skip
     acceptance_source = measured_acceptance(trunks[0], reading.source, measures.greedy_source, rows.ids)
     acceptance_release = measured_acceptance(trunks[1], reading.release, measures.greedy_release, rows.ids)
+    speculation = [
+        measured_speculation(s, m, rows, speculate, dtype) if speculate else None for s, m in zip(sources, maps, strict=True)
+    ]
     return Evaluation(
         text=rows.text,
         text_sha256=rows.text_sha256,
@@ -76,6 +85,8 @@ def evaluate(
         top1_agreement=_estimate(clustered_mean(measures.agrees, measures.documents)),
         acceptance_source=acceptance_source,
         acceptance_release=acceptance_release,
+        speculation_source=speculation[0],
+        speculation_release=speculation[1],
         hidden_error_by_layer=reading.error_by_layer,
         seconds=time.monotonic() - begun,
         peak_rss=peak_rss(),
