@@ -99,8 +99,14 @@ def progress(label: str, unit: str = "bytes") -> Iterator[Report]:
 
 def show_result(result: Result, folder: Path) -> None:
     """What a run made, as a short table."""
-    rows = [(r.component, r.stored, r.tensors, r.parameters, size(r.bytes)) for r in result.precision]
-    out.print(table("Release", ["component", "stored as", "tensors", "parameters", "size"], rows))
+    if result.precision:
+        rows = [(r.component, r.stored, r.tensors, r.parameters, size(r.bytes)) for r in result.precision]
+        out.print(table("Release", ["component", "stored as", "tensors", "parameters", "size"], rows))
+    else:
+        files = [
+            (f.name, f.content, f"{f.bits_per_weight:.2f}" if f.bits_per_weight else None, size(f.bytes)) for f in result.files
+        ]
+        out.print(table("Release", ["file", "content", "bits per weight", "size"], files))
     facts = [f"{folder}: {size(result.source.bytes)} became {size(result.bytes)}"]
     facts.append(f"{result.run.seconds:.1f} s, peak memory {size(result.run.peak_rss)}")
     if result.errors:

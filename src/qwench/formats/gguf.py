@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -207,7 +206,13 @@ def _planned(tensor: GgufTensor, file_type: str, mix: Mix, overrides: Sequence[O
 
 def _notes(planned: Sequence[PlannedTensor]) -> Iterator[str]:
     """One sentence for all tensors that fall back in the same way."""
-    alike = Counter((t.tensor.role, t.tensor.columns, t.wanted, t.type) for t in planned if t.type != t.wanted)
-    for (role, columns, wanted, kind), count in alike.items():
-        verb = "tensor is" if count == 1 else "tensors are"
-        yield f"{role}: {count} {verb} {kind} and not {wanted}, whose blocks of {block_size(wanted)} do not divide rows of {columns}"
+    alike: dict[tuple[str, str, int], list[str]] = {}
+    for t in planned:
+        if t.type != t.wanted:
+            alike.setdefault((t.type, t.wanted, t.tensor.columns), []).append(t.tensor.role)
+    for (kind, wanted, columns), roles in alike.items():
+        what = "1 tensor is" if len(roles) == 1 else f"{len(roles)} tensors are"
+        yield (
+            f"{what} {kind} and not {wanted}, whose blocks of {block_size(wanted)} do not divide rows of {columns}: "
+            f"{', '.join(dict.fromkeys(roles))}"
+        )

@@ -88,7 +88,8 @@ class Importance:
         known = [n for n in self.entries if n in tensors]
         if not known:
             raise CheckpointError(f"{where} names no tensor of this model", "use the importance matrix of this very model")
-        lacking = [n for n, t in tensors.items() if t.type.startswith(("Q", "IQ")) and n not in self.entries]
+        looked_up = "token_embd.weight"  # its rows are copied, nothing multiplies it: it has no inputs
+        lacking = [n for n, t in tensors.items() if t.type.startswith(("Q", "IQ")) and n not in self.entries and n != looked_up]
         unreached = {n: int((self.entries[n].counts == 0).sum()) for n in known}
         notes = [f"no importance for {len(lacking)} quantized tensors, such as {lacking[0]}"] if lacking else []
         return notes + [

@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,14 +20,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwench.checkpoint.source import Part, TensorSource
+from qwench.checkpoint.parts import part_shape
+from qwench.checkpoint.source import BYTES_OF, Part, TensorSource
 from qwench.checkpoint.staging import output_errors
 from qwench.errors import CheckpointError, OutputError
 from qwench.formats.gguf import ALIGNMENT, GgufPlan, PlannedTensor, fields_of, padded
 from qwench.formats.gguf_fields import Field, add_field
 from qwench.formats.gguf_importance import Importance
 from qwench.formats.gguf_tensors import GgufTensor
+from qwench.formats.gguf_types import tensor_bytes
 from qwench.models.map import Slot
+from qwench.numerics import largest_magnitude
 from qwench.numerics.ggml import Encoder, encoder
 
 ELEMENTS = 1 << 22
@@ -34,9 +39,22 @@ LARGEST = float(torch.finfo(torch.float16).max)
 """Scales are float16 numbers in every quantized type, and no healthy weight is beyond them."""
 
 
+@dataclass(frozen=True)
+class Written:
+    """A finished file: its bytes, and their CRC-32."""
+
+    nbytes: int
+    crc32: int
+
+
+Progress = Callable[[int, str], None]
+"""Called for every piece that is written, with its bytes and the name of its tensor."""
+
+
 def write_gguf(
-    plan: GgufPlan, source: TensorSource, path: Path, *, importance: Importance | None = None, encode: Encoder | None = None
-) -> int:
+    plan: GgufPlan, source: TensorSource, path: Path, *, importance: Importance | None = None, encode: Encoder | None = None,
+    progress: Progress | None = None,
+) -> Written:  # fmt: skip
     """Write the file.
 
     Args:
@@ -45,9 +63,7 @@ def write_gguf(
         path: the file that is to appear; it does not exist yet.
         importance: how much each input channel of a tensor counts; only types with a choice of scales use it.
         encode: who rounds: llama.cpp's own quantizer where it is installed, else ours; the bytes are the same.
-
-    Returns:
-        Bytes of the file.
+        progress: hears of every piece.
 
     Raises:
         OutputError: the path is taken, or the disk is full.
@@ -64,16 +80,27 @@ def write_gguf(
     with output_errors(beside, len(head) + plan.tensor_bytes):
         try:
             with beside.open("wb") as file:
-                file.write(head)
+                summed = _Summed(file)
+                summed.write(head)
                 for planned in plan.tensors:
-                    _write_tensor(file, planned, source, importance, encode or encoder())
+                    _write_tensor(summed, planned, source, importance, encode or encoder(), progress)
                 file.flush()
                 os.fsync(file.fileno())
-                size = file.tell()
             beside.rename(path)
         finally:
             beside.unlink(missing_ok=True)
-    return size
+    return Written(summed.nbytes, summed.crc32)
+
+
+class _Summed:
+    """A file that counts and sums what goes into it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.nbytes, self.crc32 = file, 0, 0
+
+    def write(self, data: bytes) -> None:
+        self.file.write(data)
+        self.nbytes, self.crc32 = self.nbytes + len(data), zlib.crc32(data, self.crc32)
 
 
 def header(plan: GgufPlan, fields: list[Field]) -> bytes:
@@ -100,9 +127,22 @@ def file_bytes(plan: GgufPlan, source: TensorSource) -> int:
     return len(header(plan, fields_of(plan, source))) + plan.tensor_bytes
 
 
+def working_memory(plan: GgufPlan, source: TensorSource) -> int:
+    """Bytes that writing takes at the worst: the largest piece as stored, as float32 before and after its transforms, and encoded."""
+    return max((_piece_bytes(planned, source) for planned in plan.tensors), default=0)
+
+
+def _piece_bytes(planned: PlannedTensor, source: TensorSource) -> int:
+    """Of the largest piece of one tensor. A piece is whole where a transform moves rows."""
+    tensor = planned.tensor
+    count = max(math.prod(part_shape(source.tensors[s.tensor].shape, p)) for s in tensor.slots[:1] for p in _parts(tensor, s))
+    return count * (BYTES_OF[source.tensors[tensor.slots[0].tensor].dtype] + 8) + 2 * tensor_bytes(planned.type, [count])
+
+
 def _write_tensor(
-    file: BinaryIO, planned: PlannedTensor, source: TensorSource, importance: Importance | None, encode: Encoder
-) -> None:
+    file: _Summed, planned: PlannedTensor, source: TensorSource, importance: Importance | None, encode: Encoder,
+    progress: Progress | None,
+) -> None:  # fmt: skip
     written = 0
     for number, slot in enumerate(planned.tensor.slots):
         weights = importance.of(planned.tensor, number) if importance is not None else None
@@ -110,6 +150,8 @@ def _write_tensor(
             data = encode(planned.type, rows, weights)
             file.write(data)
             written += len(data)
+            if progress:
+                progress(len(data), planned.tensor.name)
     assert written == planned.nbytes, f"{planned.tensor.name}: {written} bytes, planned were {planned.nbytes}"
     file.write(bytes(padded(written) - written))
 
@@ -128,7 +170,7 @@ def matrices(source: TensorSource, tensor: GgufTensor, slot: Slot) -> Iterator[T
 
 
 def _check_values(weight: Tensor, slot: Slot, tensor: GgufTensor) -> None:
-    highest = float(weight.abs().max()) if weight.numel() else 0.0  # NaN stays NaN
+    highest = largest_magnitude(weight)
     if not highest <= LARGEST:
         what = "NaN or infinity" if not math.isfinite(highest) else f"{highest:.3g}, more than any scale can hold"
         raise CheckpointError(

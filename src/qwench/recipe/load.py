@@ -60,12 +60,12 @@ def parse_recipe(text: str, where: str) -> Recipe:
 
 def _explain(error: ValidationError) -> list[str]:
     """Pydantic's complaints as lines that name the place, with a suggestion for unknown keys."""
-    lines = []
+    lines, said = list[str](), list[tuple[int | str, ...]]()
     for item in error.errors():
-        if item["type"] == "default_factory_not_called" or (
-            item["loc"] == ("steps",) and item["type"] == "too_short" and lines
-        ):
+        within = any(place[: len(item["loc"])] == item["loc"] for place in said)
+        if item["type"] == "default_factory_not_called" or (item["type"] == "too_short" and within):
             continue  # what follows from a complaint before it
+        said.append(item["loc"])
         place = ".".join(str(p) for p in item["loc"] if p not in (GGUF_TAG, TENSORS_TAG))
         if item["type"] == "extra_forbidden":
             lines.append(f"{place}: unknown key{suggestion(str(item['loc'][-1]), _all_keys())}")
