@@ -37,10 +37,16 @@ def write_card(folder: Path) -> Path:
         OutputError: the folder cannot be written.
     """
     result, config = read_result(folder), _config(folder)
+    title = folder.resolve().name
     try:
-        plots = draw_plots(result, folder / PLOTS)
+        if any(file.file_type for file in result.files):
+            from qwench.steps import gguf_card
+
+            text = gguf_card.card_text(result, title)
+        else:
+            text = card_text(result, config, title, draw_plots(result, folder / PLOTS))
         beside = folder / (FILE_NAME + ".new")
-        beside.write_text(card_text(result, config, folder.resolve().name, plots), encoding="utf-8")
+        beside.write_text(text, encoding="utf-8")
         return beside.replace(folder / FILE_NAME)
     except OSError as error:
         raise OutputError(
@@ -64,7 +70,7 @@ def card_text(result: Result, config: dict[str, Any], title: str, plots: dict[st
 
 def card_values(result: Result, config: dict[str, Any], title: str) -> dict[str, Any]:
     """What the template fills in, as text."""
-    base = _base_name(result)
+    base = base_name(result)
     front, comments = front_matter(result, config)
     parameters = sum(row.parameters for row in result.precision)
     return {
@@ -94,7 +100,7 @@ def card_values(result: Result, config: dict[str, Any], title: str) -> dict[str,
         "engines": engine_sections(result, title),
         "files": [{"name": file.name, "size": size_text(file.bytes)} for file in result.files],
         "version": result.qwench,
-        "seconds": _duration(result.run.seconds),
+        "seconds": duration(result.run.seconds),
         "threads": f"{result.run.threads} thread{'s' if result.run.threads != 1 else ''}",
         "peak_rss": size_text(result.run.peak_rss),
         "revision": result.source.revision,
@@ -103,7 +109,7 @@ def card_values(result: Result, config: dict[str, Any], title: str) -> dict[str,
 
 def front_matter(result: Result, config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The YAML header that hubs read, and comment lines for what the user must fill in."""
-    base, comments = _base_name(result), []
+    base, comments = base_name(result), []
     front: dict[str, Any] = {"base_model": base, "base_model_relation": "quantized"}
     if not HUB_ID.fullmatch(base):
         comments.append("# base_model: the source was a local folder; put the hub id of the base model here")
@@ -211,7 +217,7 @@ def _at(side: Acceptance | None, position: int) -> str:
     return with_error(side.by_position[position], 100, "%") if side and position < len(side.by_position) else NOT_MEASURED
 
 
-def _base_name(result: Result) -> str:
+def base_name(result: Result) -> str:
     """The source's hub id, or the last part of its path: a card tells nobody where a folder lay."""
     name = result.source.name
     return name if HUB_ID.fullmatch(name) else Path(name).name or "unknown"
@@ -236,7 +242,7 @@ def _count(parameters: int) -> str:
     return str(parameters)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
 
 
