@@ -174,5 +174,5 @@ def test_rows_that_overflow_are_left_out_openly_and_too_many_stop_the_walk(model
         yield hidden
 
     files.put("changed", 0, batches())
-    with pytest.raises(CheckpointError, match="row 2 before layer 0"):
+    with pytest.raises(CheckpointError, match="row 2 in layer 0"):
         walk(Walk([]), source, map, ids, files, nothing, nothing)

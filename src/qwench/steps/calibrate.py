@@ -1,5 +1,7 @@
 """Calibrated recipes: the jobs of decoder layers are done by one walk over the rows, everything else as in an uncalibrated run.
 
+The MTP head is the walk's last layer where a calibrated method quantizes weights of it; otherwise it is part of everything else.
+
 The plan is the same, names, shapes and files: only where the numbers come from differs. A layer that the walk has finished is put down tensor by tensor; a weight that
 smoothing changed without quantizing it is written in its stored dtype; what nothing touched is copied bit for bit.
 """
@@ -14,21 +16,21 @@ from pathlib import Path
 
 import torch
 
-from qwench.checkpoint.reader import Checkpoint
-from qwench.checkpoint.source import TORCH_DTYPE
+from qwench.checkpoint.source import TORCH_DTYPE, StoredSource
 from qwench.checkpoint.writer import CheckpointWriter
 from qwench.models.map import Slot
 from qwench.recipe import Recipe
 from qwench.steps.changes import Rounding, Smoothing, Tuning
 from qwench.steps.jobs import Job
 from qwench.steps.plan import Plan
-from qwench.steps.quantize import finite_chunks, write_quantized
+from qwench.steps.quantize import stored_chunks, write_quantized
 from qwench.stream.calibration import calibration_rows
 from qwench.stream.hidden import HiddenFiles
 from qwench.stream.live import LiveBlock
 from qwench.stream.rows import Rows
 from qwench.stream.walk import Change, Tell, Walk, walk
 
+MTP = "mtp."
 REPORT = "report "
 """What the keys of remarks about methods begin with."""
 
@@ -39,7 +41,7 @@ class Calibrated:
 
     Attributes:
         reports: what each method said of each set, by its name.
-        lost_rows: rows that turned non-finite: (layer, row).
+        lost_rows: rows that turned non-finite: (layer that made them so, row); the MTP head counts as the layer behind the last.
     """
 
     reports: dict[str, str] = field(default_factory=dict)
@@ -52,9 +54,22 @@ def rows_for(recipe: Recipe, folder: Path) -> Rows:
     return calibration_rows(folder, **recipe.calibration.model_dump())
 
 
+def walks_head(plan: Plan) -> bool:
+    """Whether the walk goes on into the MTP head: a method that reads rows, or smoothing, changes weights of it."""
+    recipe = plan.recipe
+    smoothed = recipe.smooth is not None and any(fold.startswith(MTP) for fold in recipe.smooth.folds)
+    tuned = recipe.quantize is not None and recipe.quantize.method != "rtn"
+    return bool(plan.map.mtp) and (
+        smoothed or (tuned and any(s.role.startswith(MTP) and s.module in plan.schemes for s in plan.map.slots()))
+    )
+
+
 def split_jobs(plan: Plan) -> tuple[list[Job], dict[int, list[Job]]]:
-    """Jobs outside of the trunk's decoder layers, and those of each layer."""
+    """Jobs outside of the walk, and those of each of its layers; the MTP head, fc included, counts as the layer behind the last."""
     layer_of = {slot.tensor: block.index for block in plan.map.blocks for slot in block.slots}
+    if walks_head(plan):
+        head = (*(slot for block in plan.map.mtp for slot in block.slots), plan.map.other("mtp.fc"))
+        layer_of |= dict.fromkeys((slot.tensor for slot in head), len(plan.map.blocks))
     outside: list[Job] = []
     layers: dict[int, list[Job]] = defaultdict(list)
     for job in plan.jobs:
@@ -74,7 +89,7 @@ def changes_of(recipe: Recipe, plan: Plan) -> list[Change]:
     return changes
 
 
-def calibrate(plan: Plan, source: Checkpoint, writer: CheckpointWriter, rows: Rows, tell: Tell, batch: int = 4) -> Calibrated:
+def calibrate(plan: Plan, source: StoredSource, writer: CheckpointWriter, rows: Rows, tell: Tell, batch: int = 4) -> Calibrated:
     """Walk the rows through the network and write its decoder layers.
 
     Raises:
@@ -83,8 +98,9 @@ def calibrate(plan: Plan, source: Checkpoint, writer: CheckpointWriter, rows: Ro
     """
     _, layers = split_jobs(plan)
     width = plan.map.other("embed").shape[1]
-    files = HiddenFiles(writer.scratch, (*rows.ids.shape, width), torch.bfloat16)
-    settings = Walk(changes_of(plan.recipe, plan), batch=batch)
+    depth = len(plan.map.blocks)
+    files = HiddenFiles(writer.scratch, (*rows.ids.shape, width), torch.bfloat16, depth)
+    settings = Walk(changes_of(plan.recipe, plan), mtp=walks_head(plan), batch=batch)
     _forget_what_is_not_proved(files, settings, layers, writer)
 
     def emit(live: LiveBlock) -> None:
@@ -92,7 +108,7 @@ def calibrate(plan: Plan, source: Checkpoint, writer: CheckpointWriter, rows: Ro
             for key, says in getattr(change, "reports", {}).items():
                 if REPORT + key not in writer.remarks:
                     writer.remark(REPORT + key, {"says": says})
-        for job in layers[live.block.index]:
+        for job in layers[depth if live.block.component == "mtp" else live.block.index]:
             write_job(job, live, source, writer)
 
     walk(settings, source, plan.map, rows.ids, files, emit, tell)
@@ -107,13 +123,13 @@ def _forget_what_is_not_proved(
     latest = files.latest(settings.streams)
     if latest is None:
         return
-    before = [o.name for index in range(latest) for job in layers.get(index, ()) for o in job.outputs]
+    before = [o.name for index in range(latest) for job in layers.get(index, ()) for o in job.written]
     if not all(name in writer.done for name in before):
         shutil.rmtree(files.folder)
         files.folder.mkdir()
 
 
-def write_job(job: Job, live: LiveBlock, source: Checkpoint, writer: CheckpointWriter) -> None:
+def write_job(job: Job, live: LiveBlock, source: StoredSource, writer: CheckpointWriter) -> None:
     """Put down one job's tensors from a finished layer."""
     if job.quantized:
         for slot in job.quantized.slots:
@@ -121,9 +137,9 @@ def write_job(job: Job, live: LiveBlock, source: Checkpoint, writer: CheckpointW
     elif job.copied:
         slots = [s for s in live.block.slots if s.tensor == job.copied.name]
         if any(s.module in live.altered for s in slots):
-            writer.write(job.copied.name, stored_form(live, slots).to(TORCH_DTYPE[job.copied.dtype]))
+            writer.write(job.copied.name, stored_form(live, slots).to(TORCH_DTYPE[job.outputs[0].dtype]))
         else:
-            writer.put(job.copied.name, finite_chunks(source, job.copied))
+            writer.put(job.copied.name, stored_chunks(source, job.copied, job.outputs[0].dtype))
 
 
 def stored_form(live: LiveBlock, slots: Sequence[Slot]) -> torch.Tensor:

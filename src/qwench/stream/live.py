@@ -5,7 +5,8 @@
     live.weight(slot).mul_(scale)                  # changes what the next run sees
     live.store(slot, quantized)                    # what a file will hold; the next run sees its values
 
-Weights are float32 (or the compute dtype asked for), experts fused as in the transformers classes; `weight` shows any slot of it as a view.
+Weights are float32 (or the compute dtype asked for), experts fused as in the transformers classes; `weight` shows any slot of it as a view. The MTP head is a live
+block too (see `head`).
 """
 
 from __future__ import annotations
@@ -37,13 +38,21 @@ class LiveBlock:
     def __init__(
         self, source: TensorSource, map: ModelMap, modules: Modules, index: int, dtype: torch.dtype = torch.float32
     ) -> None:
-        self.block: Block = map.blocks[index]
-        self.stem = f"{map.prefix}layers.{index}."
-        self.modules, self.dtype = modules, dtype
-        self.layer: nn.Module = modules.layer(self.block.kind)
-        self.weights: dict[str, Tensor] = read_block(source, self.block, self.stem, dtype)
+        block, stem = map.blocks[index], f"{map.prefix}layers.{index}."
+        self._hold(block, stem, modules, modules.layer(block.kind), read_block(source, block, stem, dtype), dtype)
+
+    def _hold(
+        self, block: Block, stem: str, modules: Modules, layer: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype
+    ) -> None:
+        self.block, self.stem, self.modules, self.layer = block, stem, modules, layer
+        self.weights, self.dtype = weights, dtype
         self.quantized: dict[str, Quantized] = {}
         self.altered: dict[str, Slot] = {}
+
+    @property
+    def label(self) -> str:
+        """The layer for a person: `layer 3`, `mtp layer 0`."""
+        return f"{'mtp ' if self.block.component == 'mtp' else ''}layer {self.block.index}"
 
     def parameter(self, slot: Slot) -> tuple[str, tuple[int | slice, ...]]:
         """Where a slot lies in `weights`: the parameter's name, and the part of it."""

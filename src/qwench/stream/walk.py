@@ -1,18 +1,24 @@
 """The one loop: through the decoder layer by layer, each read once, observed, changed, written, and forgotten.
 
     embed the rows
-    for each layer:   read it -> every change in turn observes its inputs and changes it -> it is emitted -> the rows go through it -> it is dropped
+    for each layer:   read it -> every change in turn observes its inputs and changes it -> the rows go through it, observers look on -> it is emitted -> it is dropped
+    the MTP head, where it is asked for, is one more layer, which reads pairs of hidden state and next token (see `head`)
 
 The next layer sees what the changed layer puts out (`onward: changed`), so that errors do not pile up unseen, or what the original would (`onward: original`). A change that
 compares against the original network asks for both streams. After each layer the state is whole on disk (see `hidden`), so that a stopped walk goes on from there and
 ends with the same bytes: nothing in the loop depends on what came before but the files.
+
+A row that a layer makes infinite or NaN would spoil every sum that it enters, in that very layer already. So such a layer is read again and done without the
+row; the row stays out from there on, and the record says where.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
@@ -22,15 +28,17 @@ from qwench.checkpoint.source import TensorSource
 from qwench.errors import CheckpointError
 from qwench.models.map import ModelMap
 from qwench.models.run import Trunk
-from qwench.stream.hidden import Hidden, HiddenFiles
+from qwench.stream.head import HeadStates, LiveHead, head_block
+from qwench.stream.hidden import Hidden, HiddenFiles, Lost, States
 from qwench.stream.live import LiveBlock
+from qwench.stream.observe import Take, taking_inputs
 
 MOST_LOST_ROWS = 0.1
 """Share of rows that may turn non-finite before a walk stops."""
 
 
 class Change(Protocol):
-    """What a calibrated step does to a layer.
+    """What a calibrated step does to a layer. It may be asked twice for the same layer, the second time with fewer rows.
 
     Attributes:
         name: for progress and reports.
@@ -46,6 +54,13 @@ class Change(Protocol):
     def __call__(self, live: LiveBlock, rows: Rows, /) -> None: ...
 
 
+class Observer(Protocol):
+    """What looks on while the rows go through a finished layer, and changes nothing."""
+
+    def takers(self, live: LiveBlock, /) -> dict[str, Take]:
+        """What is to be given the inputs [N, I] of which input sets. Asked for each layer; for one that is done again too, and then all sums start again."""
+
+
 @dataclass
 class Rows:
     """The calibration rows before a layer, as a change sees them.
@@ -56,13 +71,15 @@ class Rows:
         targets: what the original layer makes of `original`; None likewise.
         batch: rows to take at once.
         sound: rows whose hidden states are finite.
+        scratch: a folder for what a change cannot hold in memory; what it leaves there goes with the walk.
     """
 
-    changed: Hidden
-    original: Hidden | None
-    targets: Hidden | None
+    changed: States
+    original: States | None
+    targets: States | None
     batch: int
     sound: Tensor
+    scratch: Path
 
     def batches(self) -> Iterator[Tensor]:
         """Sound rows of the stream that goes onward."""
@@ -76,17 +93,22 @@ class Walk:
     """A walk's settings and what it found out.
 
     Attributes:
+        changes: what is done to each layer, in order.
+        observers: what looks on afterwards.
+        mtp: go on into the MTP head.
         onward: which outputs the next layer sees.
         batch: rows that go through a layer at once.
         compute: dtype of the arithmetic; float32 is the faster one on processors without bfloat16 units.
-        lost: rows that turned non-finite: (layer, row).
+        lost: rows that turned non-finite: (layer that made them so, row); the MTP head counts as the layer behind the last.
     """
 
-    changes: Sequence[Change]
+    changes: Sequence[Change] = ()
+    observers: Sequence[Observer] = ()
+    mtp: bool = False
     onward: Literal["changed", "original"] = "changed"
     batch: int = 4
     compute: torch.dtype = torch.float32
-    lost: list[tuple[int, int]] = field(default_factory=list)
+    lost: Lost = field(default_factory=list)
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -105,61 +127,147 @@ def walk(
 
     Args:
         ids_NT: token ids, int64 [rows, length].
-        files: where the state lies; a state that is there already is gone on from.
+        files: where the state lies; a state that is there already is gone on from. Its `depth` is the trunk's where the walk goes on into the MTP head.
         emit: called with each changed layer, once it is final; must have put it down when it returns.
         tell: progress: (layers done, layers, what).
 
     Raises:
-        CheckpointError: from the source; or more than a tenth of the rows turned non-finite.
+        CheckpointError: from the source; no MTP head to go into; or more than a tenth of the rows turned non-finite.
         OutputError: from the disk.
     """
-    trunk = Trunk(source, map, settings.compute)
-    first = files.latest(settings.streams)
-    if first is None:
-        first = 0
-        for stream in settings.streams:
-            files.put(stream, 0, (trunk.embed(part) for part in torch.split(ids_NT, settings.batch)))
-    sound = torch.ones(len(ids_NT), dtype=torch.bool)
-    started, tokens = time.monotonic(), 0
-    for index in range(first, len(map.blocks)):
-        live = LiveBlock(source, map, trunk.modules, index, settings.compute)
-        rows = _rows(settings, files, index, sound)
-        _look_for_lost_rows(settings, rows, index)
-        if "original" in settings.streams:
-            files.put("original", index + 1, _through(live, files.before("original", index), settings.batch))
-        for change in settings.changes:
-            tell(index, len(map.blocks), f"{change.name}, {tokens / max(1e-9, time.monotonic() - started):.0f} tokens/s")
+    if settings.mtp:
+        head_block(source, map)
+        assert files.depth == len(map.blocks) and ids_NT.shape[1] > 1
+    _Loop(settings, Trunk(source, map, settings.compute), ids_NT, files, emit, tell).run()
+
+
+@dataclass
+class _Loop:
+    settings: Walk
+    trunk: Trunk
+    ids: Tensor
+    files: HiddenFiles
+    emit: Emit
+    tell: Tell
+    pace: str = ""
+
+    def run(self) -> None:
+        first = self._begin()
+        started = time.monotonic()
+        for index in range(first, self.layers):
+            pace = self.ids.numel() * (index - first) / (time.monotonic() - started)
+            self.pace = f", {pace:,.0f} tokens/s" if index > first else ""
+            self._layer(index)
+            if index < self.depth:
+                self.files.forget([index])
+        self.tell(self.layers, self.layers, "all layers done")
+
+    def _say(self, index: int, what: str) -> None:
+        self.tell(index, self.layers, f"{self._name(index)} ({index + 1} of {self.layers}): {what}{self.pace}")
+
+    @property
+    def depth(self) -> int:
+        return len(self.trunk.map.blocks)
+
+    @property
+    def layers(self) -> int:
+        return self.depth + self.settings.mtp
+
+    def _begin(self) -> int:
+        """Embed the rows, or find out where an earlier walk stood, and which rows it had left out."""
+        first = self.files.latest(self.settings.streams)
+        self.settings.lost[:] = [] if first is None else [(layer, row) for layer, row in self.files.lost() if layer < first]
+        self.sound = torch.ones(len(self.ids), dtype=torch.bool)
+        if first is None:
+            first = 0
+            for stream in self.settings.streams:
+                self.files.put(stream, 0, (self.trunk.embed(part) for part in torch.split(self.ids, self.settings.batch)))
+        self.files.forget(range(first))
+        self.sound[[row for _, row in self.settings.lost]] = False
+        for stream in self.settings.streams:
+            states = self.files.before(stream, first)
+            self._lose(first, [row for row in range(len(self.ids)) if not bool(states.read(row, row + 1).isfinite().all())])
+        return first
+
+    def _layer(self, index: int) -> None:
+        """One layer: changed, run, put down. Where it makes rows non-finite, again without them."""
+        written = self._attempt(index)
+        while written is None:
+            self._say(index, "again, without the rows that it made non-finite")
+            written = self._attempt(index)
+        for stream in written:
+            self.files.publish(stream, index + 1)
+
+    def _attempt(self, index: int) -> dict[str, Hidden] | None:
+        live = self._live(index)
+        written: dict[str, Hidden] = {}
+        if "original" in self.settings.streams:
+            lookers = self.settings.observers if self.settings.onward == "original" else ()
+            written["original"], lost = self._through(live, "original", index, lookers)
+            if self._lose(index, lost) and lookers:
+                return None
+        rows = self._rows(index, written.get("original"))
+        for change in self.settings.changes:
+            self._say(index, change.name)
             change(live, rows)
-        emit(live)
-        if "changed" in settings.streams:
-            files.put("changed", index + 1, _through(live, files.before("changed", index), settings.batch))
-        files.forget(index)
-        tokens += ids_NT.numel()
-        tell(index + 1, len(map.blocks), f"{tokens / (time.monotonic() - started):.0f} tokens/s")
+        if "changed" in self.settings.streams:
+            self._say(index, "going through")
+            written["changed"], lost = self._through(live, "changed", index, self.settings.observers)
+            if self._lose(index, lost):
+                return None
+        self.emit(live)
+        self.files.remember(self.settings.lost)
+        return written
 
+    def _live(self, index: int) -> LiveBlock:
+        trunk, compute = self.trunk, self.settings.compute
+        if index == self.depth:
+            return LiveHead(trunk.source, trunk.map, trunk.modules, compute)
+        return LiveBlock(trunk.source, trunk.map, trunk.modules, index, compute)
 
-def _rows(settings: Walk, files: HiddenFiles, index: int, sound: Tensor) -> Rows:
-    original = targets = None
-    if "original" in settings.streams:
-        original, targets = files.before("original", index), files.before("original", index + 1)
-    return Rows(files.before(settings.streams[0], index), original, targets, settings.batch, sound)
+    def _name(self, index: int) -> str:
+        return "the MTP head" if index == self.depth else f"layer {index}"
 
+    def _states(self, stream: str, index: int) -> States:
+        hidden = self.files.before(stream, index)
+        return HeadStates(hidden, self.ids, self.trunk) if index == self.depth else hidden
 
-def _through(live: LiveBlock, hidden: Hidden, batch: int) -> Iterator[Tensor]:
-    for part in hidden.batches(batch):
-        yield live.run(part)
-
-
-def _look_for_lost_rows(settings: Walk, rows: Rows, index: int) -> None:
-    """Take rows with NaN or infinity out, openly; too many of them stop the walk."""
-    for row in rows.sound.nonzero().flatten().tolist():
-        if not bool(rows.changed.read(row, row + 1).isfinite().all()):
-            rows.sound[row] = False
-            settings.lost.append((index, row))
-    lost = int((~rows.sound).sum())
-    if lost > MOST_LOST_ROWS * len(rows.sound):
-        layer, row = settings.lost[0]
-        raise CheckpointError(
-            f"{lost} of {len(rows.sound)} calibration rows are not finite before layer {index}; the first was row {row} before layer {layer}",
-            "the checkpoint overflows: check its dtype and source, or calibrate on other text",
+    def _rows(self, index: int, targets: Hidden | None) -> Rows:
+        streams, both = self.settings.streams, "original" in self.settings.streams
+        original = self._states("original", index) if both else None
+        return Rows(
+            self._states(streams[0], index), original, targets, self.settings.batch, self.sound.clone(), self.files.folder
         )
+
+    def _through(self, live: LiveBlock, stream: str, index: int, observers: Sequence[Observer]) -> tuple[Hidden, list[int]]:
+        """Take the sound rows through a layer, and find those that it makes non-finite; rows that are out already are NaN."""
+        states, shape = self._states(stream, index), self.files.before(stream, index + 1).shape
+        lost: list[int] = []
+
+        def outputs() -> Iterator[Tensor]:
+            for rows in torch.split(torch.arange(shape[0]), self.settings.batch):
+                result = torch.full((len(rows), *shape[1:]), float("nan"), dtype=self.files.dtype)
+                sound = self.sound[rows]
+                if sound.any():
+                    result[sound] = live.run(states.pick(rows[sound])).to(self.files.dtype)
+                lost.extend(rows[sound & ~result.isfinite().flatten(1).all(1)].tolist())
+                yield result
+
+        with ExitStack() as stack:
+            for observer in observers:
+                stack.enter_context(taking_inputs(live, observer.takers(live)))
+            return self.files.write(stream, index + 1, outputs()), lost
+
+    def _lose(self, index: int, rows: Sequence[int]) -> bool:
+        """Leave rows out from here on, openly; whether there were any. Too many of them stop the walk."""
+        fresh = [row for row in rows if self.sound[row]]
+        self.sound[fresh] = False
+        self.settings.lost.extend((index, row) for row in fresh)
+        count = int((~self.sound).sum())
+        if count > MOST_LOST_ROWS * len(self.sound):
+            at, row = self.settings.lost[0]
+            raise CheckpointError(
+                f"{count} of {len(self.sound)} calibration rows are not finite after {self._name(index)}; the first was row {row} in {self._name(at)}",
+                "the checkpoint overflows: check its dtype and source, or calibrate on other text",
+            )
+        return bool(fresh)

@@ -1,12 +1,12 @@
 """Rounding in a walk, to nearest or by GPTQ, with EoRA beside it: sets that engines fuse at a time, from the second moment of what they read.
 
 A layer is taken in stages, in the order in which its weights are used: what comes later is observed on what the rounding before it puts out, as it will be in
-the release.
+the release. Moments are summed up within a limit of memory, and those of experts one after the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -19,15 +19,11 @@ from qwench.numerics import Quantized, Scheme
 from qwench.recipe import Correct, Quantize
 from qwench.steps.jobs import WeightSet, weight_sets
 from qwench.stream.live import LiveBlock
-from qwench.stream.observe import Moment, observe
+from qwench.stream.mixture import in_mixture, moments_of
+from qwench.stream.observe import Moment
 from qwench.stream.walk import Rows
 
-STAGES = (
-    ("attention", "delta"),
-    ("attention.o", "delta.out"),
-    ("mlp", "experts."),
-    ("mlp.down", "shared.down", "experts.down"),
-)
+STAGES = (("fc",), ("attention", "delta"), ("attention.o", "delta.out"), ("mlp",), ("mlp.down",))
 """Names of input sets (see `models.map.Block.inputs`) by when their modules run."""
 
 
@@ -51,15 +47,16 @@ class Rounding:
         return self.settings.method + (" + eora" if self.correct else "")
 
     def __call__(self, live: LiveBlock, rows: Rows) -> None:
-        sets = list(weight_sets(live.block, dict(self.schemes)))
+        sets: dict[str, list[WeightSet]] = {}
+        for found in weight_sets(live.block, self.schemes):
+            sets.setdefault(input_of(live.block, found.slots[0]), []).append(found)
         for names in stages(live.block):
-            here = [(found, name) for found in sets if (name := input_of(live.block, found.slots[0])) in names]
-            if not here:
-                continue
-            needed = {name for _, name in here}
-            moments = observe(live, rows.batches(), needed) if self._reads_rows else {}
-            for weights, name in here:
-                self._round(live, weights, moments.get(name))
+            for name, moment in self._moments(live, rows, [name for name in names if name in sets]):
+                for weights in sets[name]:
+                    self._round(live, weights, moment)
+
+    def _moments(self, live: LiveBlock, rows: Rows, names: list[str]) -> Iterable[tuple[str, Moment | None]]:
+        return moments_of(live, rows, names) if self._reads_rows else ((name, None) for name in names)
 
     @property
     def _reads_rows(self) -> bool:
@@ -69,7 +66,7 @@ class Rounding:
         values = [live.weight(slot) for slot in weights.slots]
         rounded = self._codes(weights, values, moment)
         for slot, value, quantized in zip(weights.slots, values, rounded, strict=True):
-            if self.correct and moment is not None:
+            if self.correct and moment is not None and live.block.component == "text":  # no engine adds one to an MTP head
                 quantized, self.reports[f"{slot.module} eora"] = corrected(self.correct, value, quantized, moment)
             live.store(slot, quantized)
 
@@ -106,15 +103,9 @@ def input_of(block: Block, slot: Slot) -> str:
     return next(name for name, slots in block.inputs.items() if slot in slots)
 
 
-def stages(block: Block) -> Iterator[set[str]]:
-    """Input sets whose modules run at the same time, in the order in which they run."""
+def stages(block: Block) -> Iterator[list[str]]:
+    """Input sets in the order in which their modules run, those of one stage at the same time. A mixture of experts is one stage, for nothing in it changes what it
+    reads: its moments are had one after the other (see `stream.mixture`)."""
     for kinds in STAGES:
-        yield {name for name in block.inputs if _kind(name) in kinds}
-
-
-def _kind(name: str) -> str:
-    """`experts.7` -> `experts.`, `experts.7.down` -> `experts.down`; others as they are."""
-    parts = name.split(".")
-    if parts[0] == "experts":
-        return "experts.down" if len(parts) == 3 else "experts."
-    return name
+        yield [name for name in block.inputs if name in kinds and not in_mixture(block, name)]
+    yield [name for name in block.inputs if in_mixture(block, name)]

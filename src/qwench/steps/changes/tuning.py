@@ -20,7 +20,7 @@ from qwench.recipe import Correct, Quantize
 from qwench.steps.changes.rounding import corrected, input_of
 from qwench.steps.jobs import WeightSet, weight_sets
 from qwench.stream.live import LiveBlock
-from qwench.stream.observe import observe
+from qwench.stream.mixture import moments_of
 from qwench.stream.walk import Rows
 
 ACTIVATIONS = 2 * 2**30
@@ -61,21 +61,22 @@ class Tuning:
             options,
             outers_of(sets, originals),
         )
-        self.reports[f"layer {live.block.index} autoround"] = report.says
+        self.reports[f"{live.label} autoround"] = report.says
         for module, quantized in found.items():
             live.store(slots[module], quantized)
-        if self.correct:
+        if self.correct and live.block.component == "text":  # no engine adds one to an MTP head
             self._correct(live, rows, slots, originals)
 
     def _correct(self, live: LiveBlock, rows: Rows, slots: Mapping[str, Slot], originals: Mapping[str, Tensor]) -> None:
         assert self.correct is not None
-        moments = observe(live, rows.batches(), {input_of(live.block, slot) for slot in slots.values()})
-        for module, slot in slots.items():
-            quantized, said = corrected(
-                self.correct, originals[module], live.quantized[module], moments[input_of(live.block, slot)]
-            )
-            self.reports[f"{module} eora"] = said
-            live.store(slot, quantized)
+        readers: dict[str, list[Slot]] = {}
+        for slot in slots.values():
+            readers.setdefault(input_of(live.block, slot), []).append(slot)
+        for name, moment in moments_of(live, rows, [name for name in live.block.inputs if name in readers]):
+            for slot in readers[name]:
+                quantized, said = corrected(self.correct, originals[slot.module], live.quantized[slot.module], moment)
+                self.reports[f"{slot.module} eora"] = said
+                live.store(slot, quantized)
 
 
 def outers_of(sets: list[WeightSet], originals: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
