@@ -56,6 +56,7 @@ class FileFact(Record):
         bits_per_weight: of its tensors, all of them.
         precision: its tensors by component and type.
         notes: fallbacks, and what importance did not reach.
+        acceptance: what the run measured of its MTP head.
         evaluation: against the source.
     """
 
@@ -66,6 +67,7 @@ class FileFact(Record):
     bits_per_weight: float | None = None
     precision: list[PrecisionRow] = Field(default_factory=list)
     notes: list[str] = Field(default_factory=list)
+    acceptance: AcceptanceCheck | None = None
     evaluation: Evaluation | None = None
 
 

@@ -104,7 +104,7 @@ def test_a_quantized_source_is_refused(tmp_path: Path) -> None:
 def test_a_checkpoint_without_a_tokenizer_is_refused_before_any_work(tmp_path: Path) -> None:
     from qwench.recipe import load_recipe
 
-    with pytest.raises(CheckpointError, match="tokenizer.json"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
         plan_for(load_recipe("gguf"), str(write_tiny(tmp_path / "m")))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -108,7 +109,7 @@ def test_importance_is_observed_written_and_used(tmp_path: Path) -> None:
     model = checkpoint("moe")
     result = run_recipe(parse_recipe(OBSERVED, "t"), str(model), tmp_path / "out", 1, QUIET)
     found = read_importance(tmp_path / "out" / "imatrix.gguf")
-    (path,) = [p for p in (tmp_path / "out").glob("*Q4_K_M.gguf")]
+    (path,) = (tmp_path / "out").glob("*Q4_K_M.gguf")
     quantized = {t.name for t in gguf.GGUFReader(path).tensors if t.tensor_type.name not in ("F32", "BF16")}
     assert found.entries.keys() >= quantized - {"token_embd.weight"}
     head = f"blk.{json.loads((model / 'config.json').read_text())['text_config']['num_hidden_layers']}."
@@ -151,4 +152,4 @@ def test_progress_counts_the_bytes_of_all_files(tmp_path: Path) -> None:
 
     run_recipe(parse_recipe(SMALL, "t"), str(checkpoint("dense")), tmp_path / "out", 1, Listening("t", "bytes", None))
     assert heard[-1][0] <= heard[-1][1] and heard[-1][0] / heard[-1][1] > 0.99
-    assert all(before[0] <= after[0] for before, after in zip(heard, heard[1:], strict=False))
+    assert all(before[0] <= after[0] for before, after in itertools.pairwise(heard))
