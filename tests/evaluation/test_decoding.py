@@ -84,15 +84,17 @@ def test_a_drafter_that_is_the_model_is_always_accepted() -> None:
 def test_greedy_rows_of_chains_are_those_of_plain_decoding(drafts: int) -> None:
     counts = set()
     for seed in range(12):
-        trunk, head = table(7, seed), table(7, seed) + table(7, seed + 50, 1.0)
+        trunk, other = table(7, seed), table(7, seed) + table(7, seed + 50, 1.0)
         plain = generate(Chain(trunk), [1, 2, 3], 23)
-        model, drafter = Chain(trunk), ChainDrafter(head)
+        model, drafter = Chain(trunk), ChainDrafter(other)
         found = generate_with_drafts(model, drafter, [1, 2, 3], 23, drafts)
         assert found.tokens == plain and model.forwards == 1 + len(found.accepted)
         written = [1, 2, 3, *found.tokens]
         assert model.tokens[: len(written)] == written[: len(model.tokens)], (
             "it remembers what was written and no refused draft"
         )
+        head = drafter.chain.tokens  # one behind, and not yet told of the last round
+        assert head == written[1 : 1 + len(head)] and len(head) >= 3 + 23 - 2 * (drafts + 1)
         counts |= set(found.accepted)
     assert counts == set(range(drafts + 1)), "drafts were refused and accepted at every position"
 
