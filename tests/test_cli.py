@@ -115,7 +115,7 @@ def test_a_mistake_is_one_message_and_exit_code_2(
 def test_our_own_fault_is_exit_code_1_with_a_traceback(dense: Path) -> None:
     import subprocess
 
-    code = "import qwench.recipe, sys; qwench.recipe.bundled = lambda: 1 / 0; sys.argv = ['qwench', 'plan', 'int4', '--model', 'x']; import qwench.cli; qwench.cli.main()"
+    code = "import qwench.recipe.load, sys; qwench.recipe.load.bundled = lambda: 1 / 0; sys.argv = ['qwench', 'plan', 'int4', '--model', 'x']; import qwench.cli; qwench.cli.main()"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ended.returncode == 1
     assert "ZeroDivisionError" in ended.stderr

@@ -53,6 +53,13 @@ CalibrationOption = Annotated[
         metavar="TEXT", help="Text to calibrate on in place of the recipe's: carried, a file or folder, org/name on the hub."
     ),
 ]
+DonorOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="Where a graft comes from, in place of the recipe's: a folder, or a hub id, of which only the shards in question are fetched.",
+    ),
+]
 ReleaseArgument = Annotated[Path, typer.Argument(metavar="DIR", help="A release that `qwench run` made.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 ThreadsOption = Annotated[int, typer.Option("--threads", min=0, help="Worker threads; 0 is one per core.")]
@@ -85,8 +92,8 @@ def inspect(
 
     Example: `qwench inspect ./Qwen3.5-9B --context 65536 --vram 24`
     """
-    from qwench.run import shapes_of
     from qwench.steps.inspect import inspection, show
+    from qwench.steps.material import shapes_of
 
     found = inspection(shapes_of(model), model, context, vram)
     if as_json:
@@ -96,7 +103,7 @@ def inspect(
 
 
 @app.command()
-def plan(recipe: RecipeArgument, model: ModelOption, as_json: JsonOption = False) -> None:
+def plan(recipe: RecipeArgument, model: ModelOption, donor: DonorOption = None, as_json: JsonOption = False) -> None:
     """Show what a run would make, to the byte, from shapes alone (a lone config.json is enough).
 
     Example: `qwench plan nvfp4a16 --model ./Qwen3.5-9B`
@@ -105,7 +112,7 @@ def plan(recipe: RecipeArgument, model: ModelOption, as_json: JsonOption = False
     from qwench.steps import gguf_table, plan_table
     from qwench.steps.gguf_plan import GgufRelease
 
-    made = plan_for(load_recipe(recipe), model)
+    made = plan_for(load_recipe(recipe), model, donor)
     if as_json:
         _print_json(gguf_table.as_data(made) if isinstance(made, GgufRelease) else plan_table.as_data(made))
     elif isinstance(made, GgufRelease):
@@ -119,6 +126,13 @@ def run(
     recipe: RecipeArgument,
     model: ModelOption,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the release goes; must not exist yet, or be empty.")],
+    donor: DonorOption = None,
+    accept_any: Annotated[
+        bool,
+        typer.Option(
+            "--accept-any", help="Finish the release even if its MTP head lost more acceptance than the recipe allows."
+        ),
+    ] = False,
     calibration: CalibrationOption = None,
     samples: Annotated[int | None, typer.Option(help="Calibration rows, in place of the recipe's number.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens in each calibration row.")] = None,
@@ -133,7 +147,7 @@ def run(
 
     made = load_recipe(recipe).calibrated_on(calibration, samples, length)
     with display.progress("release") as report:
-        result = run_recipe(made, model, out, threads, report)
+        result = run_recipe(made, model, out, threads, report, donor, accept_any)
     if as_json:
         _print_json(result.model_dump(mode="json"))
     else:

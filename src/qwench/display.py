@@ -60,10 +60,13 @@ class Report:
 
     def __init__(self, label: str, unit: str, bar: Progress | None) -> None:
         self.label, self.unit, self.bar = label, unit, bar
-        self.started = self.last = time.monotonic()
+        self.last = time.monotonic()
+        self.since: tuple[float, int] | None = None
+        self.at = 0
         self.task = bar.add_task(label, total=None, memory="") if bar else None
 
     def __call__(self, done: int, total: int, what: str) -> None:
+        since, began = self._begun(done, total)
         if self.bar and self.task is not None:
             memory = f"peak {size(peak_rss())}"
             self.bar.update(self.task, completed=done, total=total, description=f"{self.label} {what}", memory=memory)
@@ -72,9 +75,18 @@ class Report:
         if now - self.last < self.INTERVAL:
             return
         self.last = now
-        left = (now - self.started) * (total - done) / max(1, done)
+        left = f"{(now - since) * (total - done) / (done - began):.0f} s left, " if done > began else ""
         amount = f"{size(done)} of {size(total)}" if self.unit == "bytes" else f"{done} of {total} {self.unit}"
-        err.print(f"{self.label} {what}: {amount}, {left:.0f} s left, peak memory {size(peak_rss())}")
+        err.print(f"{self.label} {what}: {amount}, {left}peak memory {size(peak_rss())}")
+
+    def _begun(self, done: int, total: int) -> tuple[float, int]:
+        """When this piece of work began, and at what: what an earlier run or another piece had done is nothing to reckon the time left from."""
+        if self.since is None or done < self.at:
+            self.since = time.monotonic(), done
+            if self.bar and self.task is not None:
+                self.bar.reset(self.task, completed=done, total=total)
+        self.at = done
+        return self.since
 
     def note(self, text: str) -> None:
         """Something that a person should know and need not act on."""
@@ -109,12 +121,36 @@ def show_result(result: Result, folder: Path) -> None:
         out.print(table("Release", ["file", "content", "bits per weight", "size"], files))
     facts = [f"{folder}: {size(result.source.bytes)} became {size(result.bytes)}"]
     facts.append(f"{result.run.seconds:.1f} s, peak memory {size(result.run.peak_rss)}")
+    facts += [line for line in (_graft_line(result), _gate_line(result)) if line]
     if result.errors:
         mean = sum(e.mean_abs for e in result.errors) / len(result.errors)
         facts.append(
             f"round-trip error over {len(result.errors)} weights: mean {mean:.2g}, largest {max(e.max_abs for e in result.errors):.2g}"
         )
     out.print("\n".join(facts))
+
+
+def _graft_line(result: Result) -> str:
+    """How a graft fits, in a line."""
+    facts = result.graft
+    if facts is None:
+        return ""
+    own, here = facts.acceptance_donor, facts.acceptance_source
+    said = f"grafted {' and '.join(facts.components)} from {facts.donor}: {facts.tensors} tensors"
+    if here:
+        said += f"; drafts accepted at position 1: {here.by_position[0].mean:.1%}"
+        said += f", on its own trunk {own.by_position[0].mean:.1%}" if own else ""
+    return "\n".join([said, *(f"note: {note}" for note in facts.notes)])
+
+
+def _gate_line(result: Result) -> str:
+    """What the run measured of the MTP head, in a line."""
+    check = result.acceptance
+    if check is None or check.source is None:
+        return ""
+    before, after = (side.by_position[0].mean if side else 0.0 for side in (check.source, check.release))
+    said = f"MTP drafts accepted at position 1: source {before:.1%}, release {after:.1%}"
+    return said + (f", under the recipe's floor of {check.floor:.0%} of the source's" if check.overridden else "")
 
 
 def show_verification(found: Verification) -> None:

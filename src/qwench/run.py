@@ -6,24 +6,28 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from qwench.checkpoint.folder import CONFIG_NAME, read_config
-from qwench.checkpoint.hub import Located, locate
-from qwench.checkpoint.reader import Checkpoint
-from qwench.checkpoint.sidecars import sidecars_of
-from qwench.checkpoint.source import TensorSource
+from qwench.checkpoint.folder import read_config
+from qwench.checkpoint.hub import locate
+from qwench.checkpoint.source import StoredSource
 from qwench.checkpoint.staging import check_output
 from qwench.checkpoint.writer import CheckpointWriter
 from qwench.display import Report
 from qwench.machine import peak_rss
-from qwench.models import map_of, sketch
+from qwench.models import map_of
 from qwench.recipe import Recipe
 from qwench.result import FILE_NAME, CalibrationFacts, Evaluation, Result, RunFacts, Verification, read_result, write_result
 from qwench.steps.calibrate import calibrate, rows_for, split_jobs
+from qwench.steps.gate import unfinished_release
+from qwench.steps.gguf_plan import GgufRelease, make_gguf_plan
+from qwench.steps.gguf_run import make_release
+from qwench.steps.heads import watch_head
 from qwench.steps.jobs import Job
+from qwench.steps.material import Material, material_for_plan, open_material
 from qwench.steps.plan import Plan, make_plan
 from qwench.steps.quantize import do_jobs, errors_of
 from qwench.steps.record import calibration_facts, first_record
@@ -33,24 +37,31 @@ WALK_COPIES = 4
 """Hidden states that may lie on the disk at once: two streams, before and after a layer."""
 
 
-def shapes_of(model: str) -> TensorSource:
-    """What names and shapes a model has: from its headers, or where only its config is at hand (a lone config.json, a hub id), as that describes it."""
-    folder = locate(model, weights=False).path
-    stored = any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
-    broken = Path(model).exists() and any(folder.glob("*.safetensors.index.json"))
-    if stored or broken or not (folder / CONFIG_NAME).is_file():
-        return Checkpoint.open(folder)
-    return sketch(read_config(folder))
+def plan_for(recipe: Recipe, model: str, donor: str | None = None) -> Plan | GgufRelease:
+    """The plan of a recipe on a model, from names and shapes alone; `donor` in place of the recipe's."""
+    source = material_for_plan(recipe, model, donor)
+    made: Plan | GgufRelease
+    if recipe.gguf:
+        made = make_gguf_plan(recipe, source, map_of(source), _name_of(model))
+    else:
+        made = make_plan(recipe, source, map_of(source))
+    return replace(made, notes=(*source.notes, *made.notes))
 
 
-def plan_for(recipe: Recipe, model: str) -> Plan:
-    """The plan of a recipe on a model, from names and shapes alone."""
-    source = shapes_of(model)
-    return make_plan(recipe, source, map_of(source))
+def _name_of(model: str) -> str:
+    """What a model is called: its hub id, or the name of its folder."""
+    place = Path(model).expanduser()
+    return locate(model, weights=False).name if place.exists() else model
 
 
-def run_recipe(recipe: Recipe, model: str, out: Path, threads: int, report: Report) -> Result:
-    """Make a release: plan, write, record.
+def run_recipe(
+    recipe: Recipe, model: str, out: Path, threads: int, report: Report, donor: str | None = None, accept_any: bool = False
+) -> Result:
+    """Make a release: plan, write, measure its MTP head, record.
+
+    Args:
+        donor: a folder or a hub id, in place of the recipe's.
+        accept_any: finish it whatever its head is worth.
 
     Raises:
         UserError: anything that the user can mend, before any work wherever it can be known before.
@@ -60,49 +71,67 @@ def run_recipe(recipe: Recipe, model: str, out: Path, threads: int, report: Repo
     if threads:
         torch.set_num_threads(threads)
     check_output(out, 0)
-    located = locate(model)
-    source = Checkpoint.open(located.path)
+    material = open_material(recipe, model, donor)
+    source, located = material.source, material.located
+    if recipe.gguf:
+        files = make_gguf_plan(recipe, source, map_of(source), located.name)
+        observed = rows_for(recipe, located.path) if recipe.calibrated else None
+        return make_release(files, watch_head(material, changed=True, accept_any=accept_any), out, observed, report, started)
     plan = make_plan(recipe, source, map_of(source))
     rows = rows_for(recipe, located.path) if recipe.calibrated else None
+    watch = watch_head(material, changed=plan.kept_tensors < len(plan.jobs), accept_any=accept_any)
     fingerprint = plan.fingerprint + source.stamp() + (rows.ids_sha256 if rows else "")
-    with CheckpointWriter(out, plan.files, fingerprint, _other_bytes(plan, located, rows)) as writer:
-        for note in (*source.notes, *writer.notes):
+    with CheckpointWriter(out, plan.files, fingerprint, _other_bytes(plan, material, rows)) as writer:
+        for note in (*source.notes, *writer.notes, *watch.notes):
             report.note(note)
         resumed = len(writer.done)
+        grafted = watch.graft(writer, _layers(plan, report))
         calibration = _do(plan, source, writer, rows, report)
+        acceptance = watch.release(writer, unfinished_release(writer, plan.config), tell=_layers(plan, report))
         facts = RunFacts(
             seconds=time.monotonic() - started,
             peak_rss=peak_rss(),
             threads=torch.get_num_threads(),
             resumed_tensors=resumed,
         )
-        result = first_record(plan, located, errors_of(writer), facts, calibration)
-        writer.commit(_sidecars(plan, located, result))
+        result = first_record(plan, material, errors_of(writer), facts, calibration)
+        result.graft, result.acceptance = grafted, acceptance
+        writer.commit(_sidecars(plan, material, result))
     return result
 
 
-def _do(plan: Plan, source: Checkpoint, writer: CheckpointWriter, rows: Rows | None, report: Report) -> CalibrationFacts | None:
+def _layers(plan: Plan, report: Report) -> Callable[[int, int, str], None]:
+    """Tells of layers in the bytes that the bar counts."""
+    total = plan.nbytes
+    return lambda done, layers, what: report(total * done // layers, total, what)
+
+
+def _do(
+    plan: Plan, source: StoredSource, writer: CheckpointWriter, rows: Rows | None, report: Report
+) -> CalibrationFacts | None:
     """Everything that the plan asks for; decoder layers by a walk where the recipe reads rows."""
     if rows is None:
         do_jobs(plan.jobs, source, writer, _counter(plan, report))
         return None
-    outside, _ = split_jobs(plan)
-    total = plan.nbytes
-    found = calibrate(plan, source, writer, rows, lambda done, layers, what: report(total * done // layers, total, what))
-    do_jobs(outside, source, writer, _counter(plan, report))
+    outside, layers = split_jobs(plan)
+    inside, total = sum(job.nbytes for jobs in layers.values() for job in jobs), plan.nbytes
+    found = calibrate(plan, source, writer, rows, lambda done, count, what: report(inside * done // count, total, what))
+    for layer, row in found.lost_rows:
+        report.note(f"calibration row {row} is not finite after layer {layer}: it was left out from there on")
+    do_jobs(outside, source, writer, _counter(plan, report, inside))
     return calibration_facts(rows, found)
 
 
-def _other_bytes(plan: Plan, located: Located, rows: Rows | None) -> int:
+def _other_bytes(plan: Plan, material: Material, rows: Rows | None) -> int:
     """Bytes that go to the output's disk besides tensors: the other files, and a walk's hidden states while it runs."""
-    sidecars = sum(path.stat().st_size for path in sidecars_of(located.path).values())
+    sidecars = sum(path.stat().st_size for path in material.sidecars.values())
     width = plan.map.other("embed").shape[1]
     return sidecars + (0 if rows is None else WALK_COPIES * rows.ids.numel() * width * 2)
 
 
-def _counter(plan: Plan, report: Report) -> Callable[[Job], None]:
-    """A function that counts finished jobs by their bytes, from any thread."""
-    lock, total, done = threading.Lock(), plan.nbytes, 0
+def _counter(plan: Plan, report: Report, done: int = 0) -> Callable[[Job], None]:
+    """A function that counts finished jobs by their bytes, from any thread; `done` are those of a walk before."""
+    lock, total = threading.Lock(), plan.nbytes
 
     def count(job: Job) -> None:
         nonlocal done
@@ -113,10 +142,10 @@ def _counter(plan: Plan, report: Report) -> Callable[[Job], None]:
     return count
 
 
-def _sidecars(plan: Plan, located: Located, result: Result) -> dict[str, bytes | Path]:
+def _sidecars(plan: Plan, material: Material, result: Result) -> dict[str, bytes | Path]:
     config = json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n"
     record = result.model_dump_json(indent=1) + "\n"
-    return {**sidecars_of(located.path), **plan.sidecars, "config.json": config.encode(), FILE_NAME: record.encode()}
+    return {**material.sidecars, **plan.sidecars, "config.json": config.encode(), FILE_NAME: record.encode()}
 
 
 def verify_release(release: Path, engine: str) -> Verification:

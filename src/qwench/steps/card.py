@@ -20,6 +20,7 @@ from qwench.errors import CheckpointError, OutputError
 from qwench.models.facts import component_of
 from qwench.result import Acceptance, Estimate, Evaluation, Result, TensorError, read_result
 from qwench.steps.card_engines import engine_sections
+from qwench.steps.card_heads import gate_values, graft_values
 from qwench.steps.card_plots import draw_plots, size_text
 from qwench.steps.card_speculation import speculation_values
 
@@ -96,6 +97,8 @@ def card_values(result: Result, config: dict[str, Any], title: str) -> dict[str,
         "has_mtp": has_component(result, "mtp"),
         "acceptance": _acceptance_rows(result.evaluation),
         "speculation": speculation_values(result.evaluation),
+        "graft": graft_values(result.graft),
+        "gate": gate_values(result.acceptance),
         "errors": error_rows(result.errors),
         "engines": engine_sections(result, title),
         "files": [{"name": file.name, "size": size_text(file.bytes)} for file in result.files],

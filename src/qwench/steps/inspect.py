@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
@@ -9,6 +10,7 @@ from rich.console import Console
 from qwench import display
 from qwench.checkpoint.source import TensorSource
 from qwench.models.facts import RESERVE, Facts, facts
+from qwench.models.geometry import Complaint
 
 GIB = 2**30
 USUAL_CONTEXT = 32768
@@ -43,8 +45,25 @@ def inspection(source: TensorSource, name: str, context: int | None, vram: float
         "components": [vars(c) for c in found.components],
         "caches": _caches(found, context),
         "fits": _fit(found, context, vram) if vram else None,
+        "losses": [{"what": what, "mend": mend} for what, mend in losses(found)],
         "complaints": [{"what": what, "mend": mend} for what, mend in found.complaints],
     }
+
+
+def losses(found: Facts) -> Iterator[Complaint]:
+    """What the config announces and the files do not hold: (what, mend)."""
+    if found.mtp == "missing":
+        yield (
+            f"the MTP head is missing: config.json announces {found.geometry.mtp_layers} layer of it (mtp_num_hidden_layers) and no mtp.* tensor is stored; "
+            "fine-tuning tools drop it without a word, and without it there is no speculation",
+            "take it from the base checkpoint: a recipe with the step `graft: {}`, and `qwench run RECIPE --model THIS --donor BASE`",
+        )
+    if found.vision == "missing":
+        yield (
+            "the vision tower is missing: config.json announces it (vision_config) and no model.visual.* tensor is stored; "
+            "the classes of conditional generation would fill it with random numbers",
+            "take it from the base checkpoint (`graft: {components: [vision]}`, --donor BASE), or leave it behind: `export: {layout: text}`",
+        )
 
 
 def _caches(found: Facts, context: int) -> dict[str, Any]:
@@ -103,6 +122,8 @@ def show(data: dict[str, Any], console: Console) -> None:
     )
     if data["fits"]:
         console.print(_fit_line(data["fits"], caches["context"]))
+    for loss in data["losses"]:
+        console.print(f"lost: {loss['what']}\n  mend: {loss['mend']}", markup=False)
     for complaint in data["complaints"]:
         console.print(f"wrong: {complaint['what']}\n  mend: {complaint['mend']}", markup=False)
 

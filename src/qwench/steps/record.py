@@ -11,22 +11,24 @@ import yaml
 
 from qwench.checkpoint.hub import Located
 from qwench.checkpoint.source import TensorSource
+from qwench.models import survey
 from qwench.models.map import ModelMap
 from qwench.recipe import recipe_data
 from qwench.result import CalibrationFacts, FileFact, Result, RunFacts, SourceFacts, TensorError
 from qwench.steps.calibrate import Calibrated
+from qwench.steps.material import Material
 from qwench.steps.plan import Plan
 from qwench.steps.tally import precision_rows
 from qwench.stream.rows import Rows
 
 
 def first_record(
-    plan: Plan, located: Located, errors: Sequence[TensorError], facts: RunFacts, calibration: CalibrationFacts | None
+    plan: Plan, material: Material, errors: Sequence[TensorError], facts: RunFacts, calibration: CalibrationFacts | None
 ) -> Result:
     """The record of a finished run."""
     return Result(
         recipe=recipe_data(plan.recipe),
-        source=source_facts(plan.source, plan.map, located),
+        source=source_facts(material.origin, survey(material.origin).map, material.located),
         files=[FileFact(name=f.name, bytes=f.nbytes) for f in plan.files],
         precision=precision_rows(plan),
         errors=sorted(errors, key=lambda e: (e.layer is None, e.layer or 0, e.module)),
