@@ -150,20 +150,23 @@ def test_what_a_calibrated_recipe_does_not_touch_comes_out_bit_for_bit(tmp_path:
 STOP = """
 import os, signal
 from qwench.stream.hidden import HiddenFiles
-real = HiddenFiles.put
-def stopping(self, stream, layer, batches):
-    if layer == 5:
+real = HiddenFiles.publish
+def stopping(self, stream, layer):
+    if layer == {at}:
         os.kill(os.getpid(), signal.SIGKILL)
-    real(self, stream, layer, batches)
-HiddenFiles.put = stopping
+    real(self, stream, layer)
+HiddenFiles.publish = stopping
 """
 
 
 def test_a_walk_that_was_killed_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     recipe, model = tmp_path / "recipe.yaml", checkpoint("dense")
     recipe.write_text(
-        RECIPE.format(method="gptq", smooth="", correct="").replace("attention.*, delta.qkv, delta.z, delta.out", "attention.*")
+        RECIPE.format(method="gptq", smooth="", correct="")
+        .replace("attention.*, delta.qkv, delta.z, delta.out", "attention.*")
+        .replace("}]}", "}, {roles: [mtp.fc, mtp.mlp.*], scheme: int4}]}")
     )
+    depth = len(map_of(Checkpoint.open(model)).blocks)
 
     def run(out: Path, before: str) -> subprocess.CompletedProcess[str]:
         code = (
@@ -184,9 +187,10 @@ main()
         )
 
     assert run(tmp_path / "whole", "").returncode == 0
-    assert run(tmp_path / "out", STOP).returncode == -signal.SIGKILL
-    assert not (tmp_path / "out").exists()
-    assert (tmp_path / ".out.partial" / "walk" / "changed-4.bin").exists()
+    for at in (5, depth + 1):  # in the trunk, then in the MTP head
+        assert run(tmp_path / "out", STOP.format(at=at)).returncode == -signal.SIGKILL
+        assert not (tmp_path / "out").exists()
+        assert (tmp_path / ".out.partial" / "walk" / f"changed-{at - 1}.bin").exists()
     finished = run(tmp_path / "out", "")
     assert finished.returncode == 0, finished.stderr
     assert "resumed" in finished.stderr

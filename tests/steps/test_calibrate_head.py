@@ -146,6 +146,48 @@ def test_smoothing_leaves_the_head_alone(model: Path, tmp_path: Path) -> None:
     assert kept and all(torch.equal(source.read(name), written.read(name)) for name in kept)
 
 
+def test_clipping_leaves_the_head_alone_too(tmp_path: Path) -> None:
+    model = write_tiny(tmp_path / "model")
+    heads = []
+    for clip in ("false", "true"):
+        step = f"  - smooth: {{grid: 3, layers: 0..0, clip: {clip}}}\n"
+        plan, source = plan_of(model, "rtn", rule("mlp.*"), rule("mtp.mlp.*"), before=step)
+        release(plan, source, tmp_path / clip, rows_of(map_of(source).other("embed").shape[0]))
+        written = Checkpoint.open(tmp_path / clip)
+        heads.append({name: written.read(name) for name in written.tensors if name.startswith("mtp.")})
+    assert heads[0] and all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_smoothing_of_the_head_where_it_is_named(model: Path, tmp_path: Path, method: str) -> None:
+    """The trunk is left alone, every reader of the head's norm is compensated, and the head loses less than by rounding."""
+    moe = head_of(model) == MOE_HEAD
+    folder = tmp_path / "outliers"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((model / "config.json").read_bytes())
+    tensors = load_file(model / "model.safetensors")
+    tensors["mtp.layers.0.post_attention_layernorm.weight"][3::29] += 6
+    save_file(tensors, folder / "model.safetensors")
+    roles = "mtp.expert.*, mtp.shared.gate, mtp.shared.up" if moe else "mtp.mlp.gate, mtp.mlp.up"
+    rows = rows_of(map_of(Checkpoint.open(folder)).other("embed").shape[0])
+    errors, expected = [], None
+    for before in ("", "  - smooth: {folds: [mtp.norm.post], layers: 1.., grid: 8}\n"):
+        plan, source = plan_of(folder, method, rule(roles), before=before)
+        out = tmp_path / f"out{len(errors)}"
+        found = release(plan, source, out, rows if plan.recipe.calibrated else None)
+        if expected is None:
+            trunk = Trunk(source, map_of(source))
+            expected = MtpHead(source, map_of(source)).drafts(trunk.forward(rows.ids), trunk.embed(rows.ids), 1)[0]
+        errors.append(float((drafts(out, plan, folder, rows.ids) - expected).square().mean()))
+    assert found is not None and "mtp layer 0 norm.post" in found.reports
+    assert errors[1] < (0.9 if method == "rtn" else 1.0) * errors[0], errors
+    written = Checkpoint.open(out)
+    changed = {n for n in source.tensors.keys() & written.tensors.keys() if not torch.equal(source.read(n), written.read(n))}
+    stem = "mtp.layers.0."
+    readers = {f"{stem}mlp.gate.weight", f"{stem}mlp.shared_expert_gate.weight"} if moe else set()
+    assert changed == readers | {f"{stem}post_attention_layernorm.weight"}
+
+
 def test_a_run_stopped_in_the_head_goes_on_and_ends_the_same(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

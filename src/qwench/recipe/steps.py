@@ -51,19 +51,26 @@ class Quantize(Strict):
     autoround: AutoRoundSettings = AutoRoundSettings()
 
 
+FoldName = Literal[
+    "norm.post", "norm.input", "attention.v", "mlp.up", "expert.up", "shared.up",
+    "mtp.norm.post", "mtp.norm.input", "mtp.attention.v", "mtp.mlp.up", "mtp.expert.up", "mtp.shared.up",
+]  # fmt: skip
+
+
 class Smooth(Strict):
     """AWQ: move per-channel scales from the input of weights into what produces it, before they are rounded.
 
     Attributes:
         folds: where scales may move: `norm.post` (into gate and up; in a mixture of experts into every reader of that norm), `norm.input` (into q/k/v, or the
-            Gated DeltaNet's input projections), `attention.v` (into o, one scale for all query heads that read a value head), `mlp.up`, `expert.up`, `shared.up` (into the down projection).
-        layers: see Rule.
+            Gated DeltaNet's input projections), `attention.v` (into o, one scale for all query heads that read a value head), `mlp.up`, `expert.up`, `shared.up` (into the down projection). The MTP head is left alone unless
+            its own are named: `mtp.norm.post` and so on.
+        layers: of the trunk, see Rule.
         grid: points of the search.
         duo: divide by the weights' own magnitudes too.
         clip: search a smaller range for each group afterwards.
     """
 
-    folds: tuple[Literal["norm.post", "norm.input", "attention.v", "mlp.up", "expert.up", "shared.up"], ...] = ("norm.post",)
+    folds: tuple[FoldName, ...] = ("norm.post",)
     layers: str = "all"
     grid: int = Field(20, ge=2, le=200)
     duo: bool = False

@@ -11,6 +11,8 @@ Letters in names: B rows, T positions, D hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -68,6 +70,24 @@ def _with_fc(layer: nn.Module, fc: Slot) -> nn.Module:
     layer.add_module("fc", nn.Linear(inputs, outputs, bias=False, device="meta"))
     layer.register_forward_pre_hook(lambda module, read: (module.get_submodule("fc")(read[0]), *read[1:]))
     return layer.eval()
+
+
+def with_plain_roles(live: LiveBlock) -> LiveBlock:
+    """The same layer in memory, with roles that say no `mtp.`: for a change that treats the head's layer as any other. What is done to it is done to the head."""
+    if live.block.component != "mtp":
+        return live
+    block, plain = live.block, copy(live)
+    named = {slot.module: replace(slot, role=slot.role.removeprefix(STEM)) for slot in block.slots}
+
+    def sets(tagged: Mapping[str, tuple[Slot, ...]]) -> dict[str, tuple[Slot, ...]]:
+        return {name: tuple(named[slot.module] for slot in slots) for name, slots in tagged.items()}
+
+    folds = tuple(
+        replace(f, source=f.source.removeprefix(STEM), readers=tuple(r.removeprefix(STEM) for r in f.readers))
+        for f in block.folds
+    )
+    plain.block = replace(block, slots=tuple(named.values()), inputs=sets(block.inputs), fused=sets(block.fused), folds=folds)
+    return plain
 
 
 @dataclass(frozen=True)

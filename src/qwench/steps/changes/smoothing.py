@@ -31,6 +31,8 @@ from qwench.steps.changes.judges import (
     run_some,
 )
 from qwench.steps.changes.rounding import input_of
+from qwench.stream.head import STEM as MTP
+from qwench.stream.head import with_plain_roles
 from qwench.stream.live import LiveBlock
 from qwench.stream.observe import taking_inputs
 from qwench.stream.walk import Rows
@@ -45,7 +47,7 @@ class Smoothing:
     settings: the recipe's step.
     schemes: module -> scheme of every weight that will be quantized.
     source: for the dtypes that norms are stored in.
-    reports: what each search said, by `layer N fold`.
+    reports: what each search said, by `layer N fold`, or `mtp layer 0 fold`.
     """
 
     settings: Smooth
@@ -56,14 +58,24 @@ class Smoothing:
     needs_original = False
 
     def __call__(self, live: LiveBlock, rows: Rows) -> None:
-        first, last = layer_range(self.settings.layers)
-        if live.block.index < first or (last is not None and live.block.index > last):
+        wanted = self._folds_of(live)
+        if not wanted:
             return
+        live = with_plain_roles(live)
         for fold in live.block.folds:
-            if fold.source in self.settings.folds:
+            if fold.source in wanted:
                 self._fold(live, rows, fold)
         if self.settings.clip:
             self._clip(live, rows)
+
+    def _folds_of(self, live: LiveBlock) -> set[str]:
+        """The folds that the recipe names for a layer, without `mtp.`; none for the head unless they are named as its own."""
+        if live.block.component == "mtp":
+            return {name.removeprefix(MTP) for name in self.settings.folds if name.startswith(MTP)}
+        first, last = layer_range(self.settings.layers)
+        if live.block.index < first or (last is not None and live.block.index > last):
+            return set()
+        return set(self.settings.folds)
 
     def _fold(self, live: LiveBlock, rows: Rows, fold: Fold) -> None:
         """Search and move the scales of one norm, or of every linear source of a role: one, or one for each expert."""
@@ -71,7 +83,7 @@ class Smoothing:
         pairs = [(source, readers) for source, readers in pairs if any(s.module in self.schemes for s in readers)]
         if not pairs:
             return
-        key = f"layer {live.block.index} {fold.source}"
+        key = f"{live.label} {fold.source}"
         if fold.source.startswith("norm."):
             self.reports[key] = self._norm(live, rows, fold, *pairs[0]).says
             return
@@ -149,7 +161,7 @@ class Smoothing:
             live.alter(slot, clipped(live.weight(slot), narrowed.limits))
         for role in dict.fromkeys(slot.role for slot in chosen):
             every = [narrowed for slot, narrowed in found if slot.role == role]
-            self.reports[f"layer {live.block.index} {role} clip"] = said_of_clipping(every)
+            self.reports[f"{live.label} {role} clip"] = said_of_clipping(every)
 
     def _limits(self, live: LiveBlock, slot: Slot, moments: Tensor) -> Clipping:
         scheme, name = self.schemes[slot.module], fused_name(live, slot)
