@@ -12,10 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from qwench.engines import llama_cpp, vllm
+from qwench.engines import auto_round, gptqmodel, llama_cpp, vllm
 from qwench.errors import EngineError
 
-PYTHONS: dict[str, Callable[[], Path]] = {"vllm": vllm.python, "llama.cpp": llama_cpp.python}
+PYTHONS: dict[str, Callable[[], Path]] = {
+    "vllm": vllm.python,
+    "llama.cpp": llama_cpp.python,
+    "gptqmodel": gptqmodel.python,
+    "auto-round": auto_round.python,
+}
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -8,28 +8,12 @@ from pathlib import Path
 import pytest
 
 from qwench.demo import checkpoint
-from qwench.engines import ENGINES, Request, vllm
-from qwench.errors import EngineError
+from qwench.engines import ENGINES, Request
 from qwench.steps.verify import verify
 from tests.support.oracle import cycle_row, write_oracle, write_runnable
 from tests.support.releases import release, rewrite
 
 ROWS = [[(11 * i + 5 * j * j) % 1300 + 16 for j in range(33)] for i in range(2)]
-
-
-def test_an_absent_engine_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("QWENCH_ENGINES", str(tmp_path))
-    with pytest.raises(EngineError, match="there is no vLLM") as caught:
-        ENGINES["vllm"](Request(tmp_path, ROWS))
-    assert "make engines" in caught.value.mend
-
-
-def test_where_engines_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("QWENCH_ENGINES", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
-    assert vllm.home() == Path("/cache/qwench/engines")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert vllm.home() == Path.home() / ".cache" / "qwench" / "engines"
 
 
 @pytest.fixture(scope="module")

@@ -36,6 +36,7 @@ class Request:
         dtype: what it computes in: `bfloat16` or `float32`.
         image: show it images too, where the checkpoint has a tower and a processor config.
         speculate: tokens to draft with the MTP head at each step; 0 for none.
+        adapter: a folder with low-rank corrections of the checkpoint's weights, as `qwench.formats.adapter` lays it out; None for none.
         threads: CPU threads.
         timeout: seconds until it is given up.
     """
@@ -47,11 +48,13 @@ class Request:
     dtype: str = "bfloat16"
     image: bool = True
     speculate: int = 0
+    adapter: Path | None = None
     threads: int = 1
     timeout: float = 1800.0
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self) | {"folder": str(self.folder)})
+        paths = {"folder": str(self.folder), "adapter": None if self.adapter is None else str(self.adapter)}
+        return json.dumps(asdict(self) | paths)
 
 
 @dataclass
@@ -63,6 +66,7 @@ class Answer:
         consumed: names of the stored tensors that reached a parameter.
         ignored: stored tensors that the engine leaves alone by design, and why.
         uninitialized: parameters of the engine that no stored tensor reached, in full or in part.
+        corrected: modules that an adapter corrects, under the engine's names; empty where none was asked for.
         generated: token ids after the first row.
         image: tokens that one image takes, and whether another image changes what the model says; None where none was shown.
         speculation: drafted and accepted tokens, and accepted by draft position; None where it did not speculate.
@@ -76,6 +80,7 @@ class Answer:
     consumed: list[str] = field(default_factory=list)
     ignored: dict[str, str] = field(default_factory=dict)
     uninitialized: list[str] = field(default_factory=list)
+    corrected: list[str] = field(default_factory=list)
     generated: list[int] = field(default_factory=list)
     image: dict[str, Any] | None = None
     speculation: dict[str, Any] | None = None

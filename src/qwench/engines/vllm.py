@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from qwench.engines.base import Answer, Request
+from qwench.engines.environments import python_of
 from qwench.engines.process import ask
-from qwench.errors import EngineError
 
 CACHE_GIB = 1
 """Memory for the KV cache: vLLM would take half of the machine."""
 
 
-def home() -> Path:
-    """Where the environments of engines are: `$QWENCH_ENGINES`, or `qwench/engines` in the user's cache folder."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("QWENCH_ENGINES") or Path(cache) / "qwench" / "engines")
-
-
 def python() -> Path:
     """The Python of vLLM's environment. Raises EngineError where there is none."""
-    found = home() / "vllm" / "bin" / "python"
-    if not found.is_file():
-        raise EngineError(
-            f"there is no vLLM in {home() / 'vllm'}", "run `make engines` (about 3.5 GB), or verify with --engine transformers"
-        )
-    return found
+    return python_of("vllm", "vLLM", "3.5 GB")
 
 
 def run(request: Request) -> Answer:

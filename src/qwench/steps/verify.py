@@ -30,8 +30,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qwench.checkpoint.reader import Checkpoint
+from qwench.checkpoint.source import TensorSource
 from qwench.engines import ENGINES, Answer, Request
 from qwench.errors import EngineError
+from qwench.formats.adapter import Adapter, Corrected
 from qwench.formats.release import open_source
 from qwench.models import map_of
 from qwench.models.map import ModelMap
@@ -47,8 +49,9 @@ TOLERANCES: dict[tuple[str, bool], float] = {
 }
 """Mean KL in nats that counts as agreement, by what the engine computes in and whether the model has experts; see docs/engines.md for what was measured."""
 
+WIDE = ("transformers", "gptqmodel", "auto-round")
 FLOAT32_PARAMETERS = 2_000_000_000
-"""Transformers computes models of up to so many parameters in float32, where nothing but a wrong reading can make a difference."""
+"""Engines that can, compute models of up to so many parameters in float32, where nothing but a wrong reading can make a difference."""
 
 TOP_K = 20
 DOCUMENTS, LENGTH = 4, 128
@@ -67,7 +70,7 @@ class Comparison:
 
 def verify(
     folder: Path, engine: str = "transformers", rows: list[list[int]] | None = None, *,
-    dtype: str | None = None, threads: int = 0, timeout: float = 3600.0,
+    dtype: str | None = None, threads: int = 0, timeout: float = 3600.0, adapter: Path | None = None,
 ) -> Verification:  # fmt: skip
     """Load a folder in an engine and hold the engine's numbers against ours.
 
@@ -75,13 +78,14 @@ def verify(
         folder: a release, or any checkpoint.
         engine: a name in `ENGINES`.
         rows: token ids to compare on, equally long; held-out text by default.
-        dtype: what the engine computes in; by default bfloat16, and float32 for transformers with models small enough.
+        dtype: what the engine computes in; by default bfloat16, and float32 for engines that can, with models small enough.
         threads: CPU threads of the engine; 0 for as many as torch uses here.
         timeout: seconds until the engine is given up.
+        adapter: a folder with corrections (EoRA) that both sides add to the release's weights; the engine drafts nothing then.
 
     Raises:
         EngineError: no such engine, it is not installed, or it died without an answer.
-        CheckpointError: we cannot read the folder ourselves.
+        CheckpointError: we cannot read the folder ourselves, or the adapter is for another release.
     """
     if engine not in ENGINES:
         near = difflib.get_close_matches(engine, ENGINES, n=1)
@@ -90,22 +94,39 @@ def verify(
             f"use one of {', '.join(ENGINES)}",
         )
     checkpoint = Checkpoint.open(folder)
-    source = open_source(folder)
+    source = _corrected(open_source(folder), adapter)
     network = map_of(source)
     request = Request(
         folder=folder.resolve(),
         rows=rows or _held_out(folder),
         top_k=TOP_K if engine == "vllm" else None,
         dtype=dtype or _dtype(engine, network),
-        speculate=DRAFTS if engine == "vllm" and network.has_mtp else 0,
+        speculate=DRAFTS if engine == "vllm" and network.has_mtp and adapter is None else 0,
+        adapter=adapter and adapter.resolve(),
         threads=threads or torch.get_num_threads(),
         timeout=timeout,
     )
     answer = ENGINES[engine](request)
+    _count_corrections(source, answer)
     wrong = wrong_reader(engine, checkpoint, answer.uninitialized)
     comparable = answer.logprobs and not answer.refused and not wrong
     compared = compare(Trunk(source, network), request.rows, answer) if comparable else None
     return judge(engine, request, network, checkpoint, answer, compared, wrong)
+
+
+def _corrected(source: TensorSource, adapter: Path | None) -> TensorSource:
+    """A release with its corrections, where there are any. Raises CheckpointError where they are not for it."""
+    return source if adapter is None else Corrected(source, Adapter(adapter))
+
+
+def _count_corrections(source: TensorSource, answer: Answer) -> None:
+    """Note how many corrections the engine added; one that added fewer than there are has not run this release."""
+    if isinstance(source, Corrected) and not answer.refused:
+        there, taken = len(source.adapter.modules), len(answer.corrected)
+        if taken == there:
+            answer.notes.append(f"corrections of {there} modules were added on both sides")
+        else:
+            answer.refused = f"the adapter corrects {there} modules, {taken} of them reached the engine's"
 
 
 def _held_out(folder: Path) -> list[list[int]]:
@@ -116,7 +137,7 @@ def _held_out(folder: Path) -> list[list[int]]:
 
 def _dtype(engine: str, network: ModelMap) -> str:
     parameters = sum(int(np.prod(slot.shape)) for slot in network.slots())
-    return "float32" if engine == "transformers" and parameters <= FLOAT32_PARAMETERS else "bfloat16"
+    return "float32" if engine in WIDE and parameters <= FLOAT32_PARAMETERS else "bfloat16"
 
 
 def compare(trunk: Trunk, rows: list[list[int]], answer: Answer) -> Comparison:

@@ -22,6 +22,9 @@ UNREAD = "input_global_scale"
 ORDER = ".g_idx"
 """The order of columns in GPTQ files. vLLM refuses files that have one, and drops the tensors of those that have none."""
 
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks that vLLM makes room for; an adapter runs in the next one that is large enough."""
+
 
 def main(folder: Path) -> None:
     request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
@@ -59,8 +62,11 @@ def _serve(request: dict[str, Any], config: dict[str, Any], folder: Path, answer
         arguments["limit_mm_per_prompt"] = {"image": int(image), "video": 0}
     if request["speculate"]:
         arguments["speculative_config"] = {"method": "mtp", "num_speculative_tokens": request["speculate"]}
+    if request["adapter"]:
+        arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _room(Path(request["adapter"]))}
     llm = LLM(**arguments)
     _rows(llm, request, folder, answer)
+    answer["corrected"] = _corrected(llm) if request["adapter"] else []
     if request["speculate"]:
         answer["speculation"] = _counts(llm)
     if image:
@@ -73,6 +79,36 @@ def _sees(folder: Path, config: dict[str, Any]) -> bool:
     )
 
 
+def _room(adapter: Path) -> int:
+    """The rank to make room for. Raises ValueError where vLLM has none that is large enough."""
+    rank = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+    if rank > RANKS[-1]:
+        raise ValueError(f"vLLM serves adapters up to rank {RANKS[-1]}, this one has {rank}")
+    return next(size for size in RANKS if size >= rank)
+
+
+def _served(request: dict[str, Any]) -> dict[str, Any]:
+    """What every call to `generate` is given: the adapter, where there is one."""
+    from vllm.lora.request import LoRARequest
+
+    return {"lora_request": LoRARequest("corrections", 1, request["adapter"])} if request["adapter"] else {}
+
+
+def _corrected(llm: Any) -> list[str]:
+    """Modules that hold the adapter's factors, under vLLM's names; of what it has fused, the members, all of which must have theirs."""
+    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    manager = runner.lora_manager._adapter_manager
+    found: list[str] = []
+    for name, module in manager.modules.items():
+        given = [bool(left.any()) for left in getattr(module, "lora_b_stacked", ())]
+        members = manager.packed_modules.get(name, [name])
+        if len(given) == len(members):
+            found += [member for member, there in zip(members, given, strict=True) if there]
+        elif given and all(given):  # in_proj_qkvz is four slices of two members
+            found += members
+    return sorted(found)
+
+
 def _rows(llm: Any, request: dict[str, Any], folder: Path, answer: dict[str, Any]) -> None:
     """Log-probabilities of every row; greedy tokens after the first, or where the head drafts, after each: one text says little about acceptance."""
     from vllm import SamplingParams
@@ -81,7 +117,7 @@ def _rows(llm: Any, request: dict[str, Any], folder: Path, answer: dict[str, Any
     for number, row in enumerate(request["rows"]):
         length = request["generate"] if number == 0 or request["speculate"] else 1
         sampling = SamplingParams(temperature=0, max_tokens=length, prompt_logprobs=top, ignore_eos=True, detokenize=False)
-        output = llm.generate([{"prompt_token_ids": row}], sampling, use_tqdm=False)[0]
+        output = llm.generate([{"prompt_token_ids": row}], sampling, use_tqdm=False, **_served(request))[0]
         if number == 0:
             answer["generated"] = list(output.outputs[0].token_ids)
         np.savez(folder / f"row{number}.npz", **_arrays(output.prompt_logprobs[1:], request["top_k"]))
@@ -120,7 +156,7 @@ def _images(llm: Any, request: dict[str, Any], config: dict[str, Any]) -> dict[s
         pixels = np.random.default_rng(seed).integers(0, 256, (288, 320, 3), dtype=np.uint8)
         question = {"prompt_token_ids": prompt, "multi_modal_data": {"image": Image.fromarray(pixels)}}
         sampling = SamplingParams(temperature=0, max_tokens=6, logprobs=5, ignore_eos=True, detokenize=False)
-        output = llm.generate([question], sampling, use_tqdm=False)[0]
+        output = llm.generate([question], sampling, use_tqdm=False, **_served(request))[0]
         said.append(
             [(t, round(p[t].logprob, 4)) for t, p in zip(output.outputs[0].token_ids, output.outputs[0].logprobs, strict=True)]
         )

@@ -1,0 +1,119 @@
+"""GPTQModel, really run where `make engines` has been: it reads every module of a mixed release at its own bits, experts too, and adds an adapter's corrections."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from qwench.demo import checkpoint
+from qwench.display import Report
+from qwench.engines import ENGINES, Request
+from qwench.formats.adapter import Adapter, Corrected
+from qwench.formats.release import open_source
+from qwench.models import map_of
+from qwench.models.run import Trunk
+from qwench.recipe import parse_recipe
+from qwench.run import run_recipe
+from qwench.steps.verify import compare, verify
+from tests.engines.adapters import write_adapter
+from tests.support.releases import rewrite
+from tests.support.tiny import write_tiny
+
+ROWS = [[(7 * i + j * j) % 300 + 8 for j in range(19)] for i in range(2)]
+EXACT = 1e-6
+"""Both sides compute in float32 on the same decoded numbers: nothing but the order of sums is left."""
+RECIPE = """
+name: t
+steps:
+  - quantize:
+      rules:
+        - {roles: [attention.*], scheme: {kind: int, bits: 8, group: WIDE}}
+        - {roles: [delta.qkv, delta.z, delta.out, ROLES], scheme: {kind: int, bits: 4, group: GROUP, full_range: true}}
+        - {roles: [mlp.*], scheme: keep, layers: "1"}
+  - export: {format: gptq}
+"""
+
+
+def make(model: Path, out: Path, roles: str, group: int = 128, wide: int = 64) -> Path:
+    """Release 4 in small: INT8 attention, INT4 elsewhere; of a dense model one layer's MLP is kept."""
+    text = RECIPE.replace("ROLES", roles).replace("GROUP", str(group)).replace("WIDE", str(wide))
+    if "mlp" not in roles:
+        text = text.replace('        - {roles: [mlp.*], scheme: keep, layers: "1"}\n', "")
+    run_recipe(parse_recipe(text, "t"), str(model), out, 1, Report("t", "bytes", None))
+    return out
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(checkpoint("dense"), tmp_path_factory.mktemp("gptqmodel") / "dense", "mlp.*")
+
+
+@pytest.mark.engine("gptqmodel")
+def test_every_module_at_its_own_bits(dense: Path) -> None:
+    found = verify(dense, "gptqmodel", threads=1)
+    assert found.outcome == "agrees", found.notes
+    assert found.mean_kl is not None and abs(found.mean_kl) < EXACT
+    assert found.uninitialized == [] and found.consumed == 283
+    assert len(found.unconsumed) == 15 and all(name.startswith("mtp.") for name in found.unconsumed)
+    assert any("15 tensors are not read by this engine: Qwen3_5QModel leaves them out" in note for note in found.notes)
+    # 2 x q k v o; 6 x (qkv z out) and 7 x (gate up down): a, b, the tower, the head and the kept MLP are none of them
+    assert "GPTQModel built quantized modules: 39 INT4 in groups of 128, 8 INT8 in groups of 64" in found.notes
+    assert found.image is not None and "changes what it says" in found.image
+
+
+@pytest.mark.engine("gptqmodel")
+def test_experts_agree(tmp_path: Path) -> None:
+    found = verify(make(checkpoint("moe"), tmp_path / "moe", "expert.*, shared.*"), "gptqmodel", threads=1)
+    assert found.outcome == "agrees", found.notes
+    assert found.mean_kl is not None and abs(found.mean_kl) < EXACT
+    assert found.uninitialized == [] and all(name.startswith("mtp.") for name in found.unconsumed)
+    # 4 x 12 experts and 4 shared ones in three matrices, 3 mixers of three; routers and gates are kept
+    assert "GPTQModel built quantized modules: 165 INT4 in groups of 128, 4 INT8 in groups of 64" in found.notes
+
+
+@pytest.mark.engine("gptqmodel")
+def test_a_text_only_checkpoint_with_experts_one_by_one(tmp_path: Path) -> None:
+    """The layout of release 5."""
+    model = write_tiny(tmp_path / "m", moe=True, layout="causal", trunk_experts="single", mtp=None)
+    out = make(model, tmp_path / "out", "expert.*, shared.*", group=32, wide=32)
+    found = verify(out, "gptqmodel", ROWS, threads=1)
+    assert found.outcome == "agrees", found.notes
+    assert found.unconsumed == [] and found.uninitialized == [] and found.image is None
+
+
+@pytest.mark.engine("gptqmodel")
+def test_corrections_are_added(dense: Path, tmp_path: Path) -> None:
+    """With the adapter on both sides the numbers are the same; with it on one side they are far from it."""
+    adapter, rows = write_adapter(dense, tmp_path / "adapter"), ROWS
+    found = verify(dense, "gptqmodel", rows, threads=1, adapter=adapter)
+    assert found.outcome == "agrees", found.notes
+    assert found.mean_kl is not None and abs(found.mean_kl) < EXACT
+    assert "corrections of 47 modules were added on both sides" in found.notes
+    plain = ENGINES["gptqmodel"](Request(dense, rows, generate=1, dtype="float32", image=False))
+    assert plain.corrected == []
+    with_adapter = Corrected(open_source(dense), Adapter(adapter))
+    assert compare(Trunk(with_adapter, map_of(with_adapter)), rows, plain).mean_kl > 0.05
+
+
+@pytest.mark.engine("gptqmodel")
+def test_an_adapter_that_corrects_too_little_is_refused(dense: Path, tmp_path: Path) -> None:
+    adapter = write_adapter(dense, tmp_path / "adapter", wanted=lambda module: not module.endswith("layers.3.self_attn.k_proj"))
+    answer = ENGINES["gptqmodel"](Request(dense, ROWS, generate=1, image=False, adapter=adapter))
+    assert answer.refused is not None and "lora_A" in answer.refused
+
+
+@pytest.mark.engine("gptqmodel")
+def test_a_scale_under_another_name_is_found(dense: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(dense, tmp_path / "broken")
+    right, wrong = (f"model.language_model.layers.3.self_attn.k_proj.{name}" for name in ("scales", "scale"))
+    rewrite(broken, {right: wrong})
+    answer = ENGINES["gptqmodel"](Request(broken, ROWS, generate=1, image=False))
+    assert wrong not in answer.consumed and right not in answer.consumed and right in answer.uninitialized
+
+
+@pytest.mark.engine("gptqmodel")
+def test_a_refusal_is_an_answer(tmp_path: Path) -> None:
+    answer = ENGINES["gptqmodel"](Request(checkpoint("dense"), ROWS, generate=1, image=False))
+    assert answer.refused is not None and answer.logprobs == []
