@@ -215,5 +215,5 @@ def _speculation_rows(source: Speculation | None, release: Speculation | None) -
         line(f"writing with {drafts} drafts: accepted / drafted", lambda s: f"{s.accepted:,} / {s.drafted:,}"),
         *(line(f"writing: accepted at position {place + 1}", accepted_at(place)) for place in range(drafts)),
         line("writing: tokens per forward", lambda s: f"{s.mean_length.mean:.3f} ± {s.mean_length.standard_error:.3f}"),
-        line("writing: expected speedup", lambda s: f"{s.speedup:.2f}"),
+        line("writing: expected speedup", lambda s: f"{s.speedup:.2f}" if s.steady else f"{s.speedup:.1f} (busy machine)"),
     ]

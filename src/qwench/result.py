@@ -204,6 +204,7 @@ class Speculation(Record):
         by_position: share of rounds in which the draft at each position was accepted, all before it included.
         mean_length: tokens per forward of the trunk.
         seconds_one, seconds_window, seconds_head: of one step with its logits: the trunk over 1 position and over drafts + 1, the head over 1.
+        unsteadiness: median over fastest of these; far from 1 on a machine that did other things too, and then they say little.
         speedup: what the acceptance promises at these costs, against plain decoding.
         threads: that the costs were measured with.
     """
@@ -225,8 +226,14 @@ class Speculation(Record):
     seconds_one: float
     seconds_window: float
     seconds_head: float
+    unsteadiness: float
     speedup: float
     threads: int
+
+    @property
+    def steady(self) -> bool:
+        """Whether the costs, and so the speedup, were measured on a machine that did little else."""
+        return self.unsteadiness <= 1.5
 
 
 class Evaluation(Record):

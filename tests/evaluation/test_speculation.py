@@ -42,7 +42,7 @@ def test_a_right_head_is_always_accepted_and_one_with_swapped_halves_hardly(moe,
     prompts = [cycle_row(19), cycle_row(7, start=400)]
     for swapped in (False, True):
         source = Checkpoint.open(write_oracle(tmp_path / str(swapped), moe, swap_halves=swapped))
-        found = speculate(source, map_of(source), prompts, tokens=13, drafts=3)
+        found = speculate(source, map_of(source), prompts, tokens=13, drafts=3, timing=0)
         for prompt, row in zip(prompts, found.rows, strict=True):
             assert [*prompt, *row.tokens] == cycle_row(len(prompt) + 13, start=5 if prompt[0] == prompts[0][0] else 400)
         if swapped:
@@ -72,7 +72,9 @@ def test_demo_checkpoints_write_what_they_write_without_drafts(name):
     map = map_of(source)
     prompts = held_out_rows(folder, documents=3, length=40).ids.tolist()
     seen = []
-    found = speculate(source, map, prompts, tokens=24, drafts=2, progress=lambda done, rows: seen.append((done, rows)))
+    found = speculate(
+        source, map, prompts, tokens=24, drafts=2, timing=0, progress=lambda done, rows: seen.append((done, rows))
+    )
     decoder = Decoder(Trunk(source, map))
     assert [row.tokens for row in found.rows] == [generate(decoder.begin(), prompt, 24) for prompt in prompts]
     counts = [predicted(source, map, prompt, 24, 2) for prompt in prompts]
@@ -88,7 +90,7 @@ def test_rows_draw_from_chances_of_their_own_and_the_seed_decides():
     source = tiny_source()
     map, prompts = map_of(source), [[5, 6, 7], [5, 6, 7]]
     first, again, other = (
-        speculate(source, map, prompts, tokens=6, drafts=2, temperature=2.0, seed=seed) for seed in (1, 1, 9)
+        speculate(source, map, prompts, tokens=6, drafts=2, timing=0, temperature=2.0, seed=seed) for seed in (1, 1, 9)
     )
     rows = [[row.tokens for row in found.rows] for found in (first, again, other)]
     assert rows[0] == rows[1] != rows[2] and rows[0][0] != rows[0][1]
@@ -98,7 +100,7 @@ def test_rows_draw_from_chances_of_their_own_and_the_seed_decides():
 def test_bounded_memory_writes_the_same():
     source = tiny_source(moe=True)
     map = map_of(source)
-    found = [speculate(source, map, [[3, 4, 5]], tokens=5, drafts=2, keep=keep).rows for keep in (2**30, 0)]
+    found = [speculate(source, map, [[3, 4, 5]], tokens=5, drafts=2, timing=0, keep=keep).rows for keep in (2**30, 0)]
     assert found[0] == found[1]
 
 

@@ -89,7 +89,7 @@ def speculation(accepted, **changes):
     values = dict(
         drafts=2, prompts=9, prompt_length=31, prompts_sha256="ef" * 32, tokens=57, temperature=0.0, top_k=0, top_p=1.0, seed=0, rounds=1234,
         drafted=2468, accepted=accepted, by_position=[estimate(0.7123, 0.0211), estimate(0.5134, 0.0312)], mean_length=estimate(2.2257, 0.0613),
-        seconds_one=0.4, seconds_window=0.5, seconds_head=0.05, speedup=1.4838, threads=6,
+        seconds_one=0.4, seconds_window=0.5, seconds_head=0.05, unsteadiness=1.2, speedup=1.4838, threads=6,
     )  # fmt: skip
     return Speculation(**values | changes)
 
@@ -107,6 +107,10 @@ def test_writing_with_drafts_is_told_where_it_was_measured(tmp_path):
     ):
         assert line in text, line
     assert "ef" * 32 in text
+    busy = evaluation(speculation_release=speculation(1512, unsteadiness=1.9))
+    assert "| expected speedup | not measured | about 1.5 (measured on a busy machine) |" in card(
+        tmp_path, release(evaluation=busy)
+    )
     one_side = card(tmp_path, release(evaluation=evaluation(speculation_release=speculation(1512, temperature=0.7, top_k=20))))
     assert "| accepted | not measured | 1,512 |" in one_side and "at temperature 0.7, top-p 1, top-k 20" in one_side
     assert "each model wrote" not in card(tmp_path, release())

@@ -1,4 +1,5 @@
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from qwench.checkpoint.reader import Checkpoint
 from qwench.errors import CheckpointError, PlanError, TextError
+from qwench.evaluation.speculation import speculate
 from qwench.models import map_of
 from qwench.models.mtp import MtpHead
 from qwench.models.run import Trunk
@@ -118,7 +120,13 @@ def test_acceptance_equals_a_literal_count(source, tmp_path):
     assert [p.mean for p in found.by_position] == pytest.approx([c / (ROWS * (LENGTH - 3)) for c in counts])
 
 
-def test_speculation_is_measured_where_it_is_asked_for(source, release):
+@pytest.fixture
+def quick(monkeypatch):
+    """Costs of steps measured a few times only."""
+    monkeypatch.setattr("qwench.steps.speculation.speculate", partial(speculate, timing=0))
+
+
+def test_speculation_is_measured_where_it_is_asked_for(source, release, quick):
     assert evaluate(release, source, rows()).speculation_source is None
     found = evaluate(release, source, rows(length=70), speculate=5)
     for side in (found.speculation_source, found.speculation_release):
@@ -127,11 +135,15 @@ def test_speculation_is_measured_where_it_is_asked_for(source, release):
         assert side.drafted == 2 * side.rounds and side.by_position[0].mean + side.by_position[1].mean == pytest.approx(
             side.accepted / side.rounds
         )
-        assert side.mean_length.mean == pytest.approx(1 + side.accepted / side.rounds) and side.speedup > 0
+        assert (
+            side.mean_length.mean == pytest.approx(1 + side.accepted / side.rounds)
+            and side.speedup > 0
+            and side.unsteadiness >= 1
+        )
     assert found.speculation_release.rounds == ROWS * 4, "a random head is refused: a round for each token after the first"
 
 
-def test_mtp_missing_in_the_release_is_fine(source, tmp_path):
+def test_mtp_missing_in_the_release_is_fine(source, tmp_path, quick):
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config["text_config"]["mtp_num_hidden_layers"] = 0
     tensors = {n: t for n, t in load_file(source / "model.safetensors").items() if not n.startswith("mtp.")}

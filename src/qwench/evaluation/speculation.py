@@ -14,6 +14,7 @@ they are read again for every forward, and the costs say so.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,17 +30,24 @@ from qwench.models.map import ModelMap
 from qwench.models.mtp import MtpHead
 from qwench.models.run import Trunk
 
-REPEATS = 9
-"""Times that each step is measured, in turn; the fastest counts: whatever else the machine does only adds."""
+REPEATS, TIMING = 3, 3.0
+"""The steps are measured in turn, at least so many times each and for so many seconds. The fastest counts: whatever else the machine does only adds."""
 
 
 @dataclass(frozen=True)
 class StepCosts:
-    """Seconds of one step, its logits included: the trunk over 1 position and over K + 1, the head over 1."""
+    """Seconds of one step, its logits included.
+
+    Attributes:
+        one, window: of the trunk, over 1 position and over K + 1.
+        head: of the head, over 1.
+        unsteadiness: how much longer than the fastest the median took, of the step where that is worst: 1 on a machine that does nothing else.
+    """
 
     one: float
     window: float
     head: float
+    unsteadiness: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -115,7 +123,7 @@ class SpeculationReport:
 def speculate(
     source: TensorSource, map: ModelMap, prompts: Sequence[Sequence[int]], *, tokens: int, drafts: int,
     temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0, stop: Sequence[int] = (),
-    dtype: torch.dtype = torch.float32, keep: int = KEPT, progress: Callable[[int, int], None] | None = None,
+    dtype: torch.dtype = torch.float32, keep: int = KEPT, timing: float = TIMING, progress: Callable[[int, int], None] | None = None,
 ) -> SpeculationReport:  # fmt: skip
     """Generate after each prompt with drafts of the checkpoint's own MTP head.
 
@@ -130,6 +138,7 @@ def speculate(
         stop: tokens that end a row.
         dtype: what to compute in.
         keep: bytes of the trunk's weights that may stay in memory; the others are read for every forward.
+        timing: seconds to spend on measuring what the steps cost; few of them measure little on a busy machine.
         progress: called with (rows done, rows) after each.
 
     Raises:
@@ -147,14 +156,14 @@ def speculate(
         spent = time.monotonic() - begun
         if progress:
             progress(number + 1, len(prompts))
-    costs = step_costs(model, drafter, drafts)
+    costs = step_costs(model, drafter, drafts, timing)
     decoder.free()
     head.free()
     return SpeculationReport(drafts, sampling, seed, [list(p) for p in prompts], rows, costs, spent)
 
 
-def step_costs(model: Model, drafter: Drafter, drafts: int) -> StepCosts:
-    """What the steps cost on from where a row ended; the row is left as it was."""
+def step_costs(model: Model, drafter: Drafter, drafts: int, timing: float = TIMING) -> StepCosts:
+    """What the steps cost on from where a row ended, measured for `timing` seconds; the row is left as it was."""
     token, model_length, drafter_length = 0, model.length, drafter.length
     state = model.read([token], keep=True)
     model.rewind(model_length)
@@ -168,7 +177,12 @@ def step_costs(model: Model, drafter: Drafter, drafts: int) -> StepCosts:
         drafter.rewind(drafter_length)
 
     steps = (lambda: trunk(1), lambda: trunk(drafts + 1), head)
-    return StepCosts(*(min(times) for times in zip(*([_seconds(step) for step in steps] for _ in range(REPEATS)), strict=True)))
+    until, rounds = time.monotonic() + timing, list[list[float]]()
+    while len(rounds) < REPEATS or time.monotonic() < until:
+        rounds.append([_seconds(step) for step in steps])
+    taken = list(zip(*rounds, strict=True))
+    one, window, head = (min(times) for times in taken)
+    return StepCosts(one, window, head, max(statistics.median(times) / min(times) for times in taken))
 
 
 def _seconds(step: Callable[[], None]) -> float:

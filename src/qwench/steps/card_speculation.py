@@ -37,7 +37,7 @@ def _lines(drafts: int) -> list[tuple[str, Callable[[Speculation], str]]]:
         ("accepted", lambda side: f"{side.accepted:,}"),
         *((f"accepted at position {place + 1}", accepted_at(place)) for place in range(drafts)),
         ("tokens per forward of the trunk", lambda side: _with_error(side.mean_length, 1, 2)),
-        ("expected speedup", lambda side: f"{side.speedup:.2f}"),
+        ("expected speedup", _speedup),
     ]
 
 
@@ -51,6 +51,10 @@ def _about(side: Speculation) -> str:
         f"each model wrote {side.tokens} tokens {how} after each of {side.prompts} beginnings of {side.prompt_length} tokens, its head drafting {side.drafts} at a time "
         f"(SHA-256 of the beginnings' token ids `{side.prompts_sha256}`)"
     )
+
+
+def _speedup(side: Speculation) -> str:
+    return f"{side.speedup:.2f}" if side.steady else f"about {side.speedup:.1f} (measured on a busy machine)"
 
 
 def _with_error(estimate: Estimate, factor: float, digits: int, unit: str = "") -> str:

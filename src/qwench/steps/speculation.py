@@ -56,6 +56,7 @@ def recorded(report: SpeculationReport, prompts_sha256: str, tokens: int) -> Spe
         seconds_one=report.costs.one,
         seconds_window=report.costs.window,
         seconds_head=report.costs.head,
+        unsteadiness=report.costs.unsteadiness,
         speedup=report.speedup,
         threads=torch.get_num_threads(),
     )
