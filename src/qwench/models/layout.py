@@ -26,6 +26,9 @@ PREFIXES = {"mtp": MTP, "vision": VISION}
 
 OF_IMAGES = {"vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"}
 """Keys of a config that speak of images."""
+OF_IMAGE_POSITIONS = ("mrope_section", "mrope_interleaved")
+"""Keys of rotary embeddings that split positions into time, height and width, which are one number in text. vLLM takes them out of a text-only model's config and leaves
+them in that of its MTP head: the two then disagree on the shape of positions, and the engine writes past its memory (0.32, seen). Without them both count alike."""
 MTP_LAYERS = "mtp_num_hidden_layers"
 
 
@@ -53,6 +56,10 @@ def text_only_config(config: Mapping[str, Any]) -> dict[str, Any]:
     top = {key: value for key, value in config.items() if key not in own}
     text = {**copy.deepcopy(dict(text_config(config))), **copy.deepcopy(top)}
     text["model_type"] = "qwen3_5_moe_text" if name.endswith("Moe") else "qwen3_5_text"
+    for rope in (text.get("rope_parameters"), text.get("rope_scaling")):
+        for key in OF_IMAGE_POSITIONS:
+            if isinstance(rope, dict):
+                rope.pop(key, None)
     return {"architectures": [f"{name}ForCausalLM"], **text}
 
 
