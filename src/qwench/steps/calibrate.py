@@ -8,6 +8,7 @@ smoothing changed without quantizing it is written in its stored dtype; what not
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ import torch
 
 from qwench.checkpoint.source import TORCH_DTYPE, StoredSource
 from qwench.checkpoint.writer import CheckpointWriter
+from qwench.errors import CheckpointError
 from qwench.models.map import Slot
 from qwench.recipe import Recipe
 from qwench.steps.changes import Rounding, Smoothing, Tuning
@@ -133,13 +135,26 @@ def write_job(job: Job, live: LiveBlock, source: StoredSource, writer: Checkpoin
     """Put down one job's tensors from a finished layer."""
     if job.quantized:
         for slot in job.quantized.slots:
+            error = live.quantized[slot.module].error
+            _check_finite(slot.module, live, error is not None and math.isfinite(error.max_abs))
             write_quantized(slot, job.quantized.scheme, live.quantized[slot.module], job.format, writer)
     elif job.copied:
         slots = [s for s in live.block.slots if s.tensor == job.copied.name]
         if any(s.module in live.altered for s in slots):
-            writer.write(job.copied.name, stored_form(live, slots).to(TORCH_DTYPE[job.outputs[0].dtype]))
+            altered = stored_form(live, slots).to(TORCH_DTYPE[job.outputs[0].dtype])
+            _check_finite(job.copied.name, live, bool(altered.isfinite().all()))
+            writer.write(job.copied.name, altered)
         else:
             writer.put(job.copied.name, stored_chunks(source, job.copied, job.outputs[0].dtype))
+
+
+def _check_finite(name: str, live: LiveBlock, finite: bool) -> None:
+    """Nothing that is NaN or infinite goes into a release."""
+    if not finite:
+        raise CheckpointError(
+            f"{name}: what {live.label} would store is NaN or infinite, though the checkpoint's own weight is not",
+            "keep this role, or leave it out of smoothing: its values are too large for the dtype",
+        )
 
 
 def stored_form(live: LiveBlock, slots: Sequence[Slot]) -> torch.Tensor:
