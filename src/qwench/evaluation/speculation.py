@@ -181,8 +181,9 @@ def step_costs(model: Model, drafter: Drafter, drafts: int, timing: float = TIMI
     while len(rounds) < REPEATS or time.monotonic() < until:
         rounds.append([_seconds(step) for step in steps])
     taken = list(zip(*rounds, strict=True))
-    one, window, head = (min(times) for times in taken)
-    return StepCosts(one, window, head, max(statistics.median(times) / min(times) for times in taken))
+    fastest = [min(times) for times in taken]
+    unsteadiness = max(statistics.median(times) / best for times, best in zip(taken, fastest, strict=True))
+    return StepCosts(fastest[0], fastest[1], fastest[2], unsteadiness)
 
 
 def _seconds(step: Callable[[], None]) -> float:
