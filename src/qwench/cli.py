@@ -177,8 +177,17 @@ def evaluate(
 
     Example: `qwench eval ./Qwen3.5-9B-NVFP4A16 --against ./Qwen3.5-9B`
     """
-    from qwench.run import evaluate_release
+    from qwench.run import evaluate_gguf_release, evaluate_release
+    from qwench.steps.gguf_verify import is_gguf
 
+    if is_gguf(release):
+        with display.progress("evaluation", unit="blocks") as report:
+            by_file = evaluate_gguf_release(release, against, text, documents, length, report)
+        if as_json:
+            _print_json({name: found.model_dump(mode="json") for name, found in by_file.items()})
+        else:
+            display.show_ladder(by_file)
+        return
     with display.progress("evaluation", unit="blocks") as report:
         measured = evaluate_release(release, against, text, documents, length, report, speculate)
     if as_json:
@@ -190,22 +199,48 @@ def evaluate(
 @app.command()
 def verify(
     release: ReleaseArgument,
-    engine: Annotated[str, typer.Option("--engine", metavar="NAME", help="transformers or vllm.")] = "transformers",
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            "--engine",
+            metavar="NAME",
+            help="transformers, vllm, gptqmodel, auto-round, llama.cpp; left out: llama.cpp for GGUF, else transformers.",
+        ),
+    ] = None,
+    file: Annotated[
+        str | None, typer.Option("--file", metavar="NAME", help="One file of a GGUF release; all if left out.")
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            "--against", metavar="MODEL", help="The source of a GGUF release: its BF16 file is held against transformers."
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Load a release in a real engine, and hold the engine's numbers against our own reading of the file.
 
     Example: `qwench verify ./Qwen3.5-9B-NVFP4A16 --engine vllm`
     """
-    from qwench.run import verify_release
+    from qwench.run import verify_gguf_release, verify_release
+    from qwench.steps.gguf_verify import is_gguf, refuse_gguf_questions
 
-    found = verify_release(release, engine)
-    if as_json:
-        _print_json(found.model_dump(mode="json"))
+    if is_gguf(release):
+        every = verify_gguf_release(release, engine or "llama.cpp", file, against)
     else:
-        display.show_verification(found)
-    if found.outcome not in {"agrees", "loads"}:
-        raise VerificationError(f"{engine} {found.outcome} on {release}", "; ".join(found.notes) or "see the table above")
+        refuse_gguf_questions(release, engine, file, against)
+        every = [verify_release(release, engine or "transformers")]
+    if as_json:
+        data = [found.model_dump(mode="json") for found in every]
+        _print_json(data if is_gguf(release) else data[0])
+    else:
+        for found in every:
+            display.show_verification(found)
+    for found in every:
+        if found.outcome not in {"agrees", "loads"}:
+            raise VerificationError(
+                f"{found.engine} {found.outcome} on {found.file or release}", "; ".join(found.notes) or "see the table above"
+            )
 
 
 @app.command()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from qwench.machine import peak_rss
-from qwench.result import Estimate, Evaluation, Result, Speculation, Verification
+from qwench.result import Acceptance, Estimate, Evaluation, Result, Speculation, Verification
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -173,9 +173,31 @@ def show_verification(found: Verification) -> None:
         rows.append(("image", found.image))
     for name, value in (found.speculation or {}).items():
         rows.append((f"speculation: {name}", f"{value:.3g}"))
-    out.print(table(f"{found.engine} {found.version}", ["what", "found"], rows))
+    if found.original_kl is not None:
+        limit = found.original_tolerance_kl
+        rows.insert(5, ("mean KL from transformers on the source", f"{found.original_kl:.2e} nats (tolerance {limit:.0e})"))
+    title = f"{found.engine} {found.version}" + (f", {found.file}" if found.file else "")
+    out.print(table(title, ["what", "found"], rows))
     for note in found.notes:
         out.print(f"note: {escape(note)}")
+
+
+def show_ladder(measured: Mapping[str, Evaluation]) -> None:
+    """Files of a release against its source, one row each."""
+
+    def first(side: Acceptance | None) -> str | None:
+        return f"{side.by_position[0].mean:.3f}" if side and side.by_position else None
+
+    rows = [
+        (
+            name, f"{e.divergence.mean.mean:.3g} ± {e.divergence.mean.standard_error:.2g}", f"{e.divergence.p999:.3g}",
+            f"{e.top1_agreement.mean:.2%}", f"{e.perplexity_release.mean:.3f}", first(e.acceptance_source), first(e.acceptance_release),
+        )
+        for name, e in measured.items()
+    ]  # fmt: skip
+    title = "; ".join(dict.fromkeys(f"{e.tokens:,} tokens of {e.text}" for e in measured.values()))
+    columns = ["file", "KL(source || file)", "p99.9", "top-1", "perplexity", "acceptance, source", "acceptance"]
+    out.print(table(f"Measured on {title}", columns, rows))
 
 
 def show_evaluation(measured: Evaluation) -> None:

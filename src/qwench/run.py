@@ -160,6 +160,54 @@ def verify_release(release: Path, engine: str) -> Verification:
     return found
 
 
+def verify_gguf_release(release: Path, engine: str, file: str | None, against: str | None) -> list[Verification]:
+    """Load every language model of a GGUF release in llama.cpp, or one file, and add what came of it to the record.
+
+    Args:
+        against: the checkpoint that it was made from, for comparing unquantized files with transformers; None where it is not at hand.
+    """
+    from qwench.steps.gguf_verify import refuse_other_engines, verify_gguf
+
+    refuse_other_engines(release, engine)
+    found = verify_gguf(release, file, locate(against).path if against else None)
+    folder = release.parent if release.suffix == ".gguf" else release
+    if (folder / FILE_NAME).is_file():
+        result, names = read_result(folder), {v.file for v in found}
+        result.verifications = [v for v in result.verifications if v.file not in names] + found
+        write_result(folder, result)
+    return found
+
+
+def evaluate_gguf_release(
+    release: Path, against: str, text: Path | None, documents: int, length: int, report: Report, only: str | None = None
+) -> dict[str, Evaluation]:
+    """Measure every language model of a GGUF release against the source, or one file, and add the figures to the record; by file."""
+    from qwench.formats.gguf_source import GgufSource
+    from qwench.steps.evaluate import evaluate
+    from qwench.steps.gguf_verify import files_to_verify
+    from qwench.stream.rows import held_out_rows, rows_from_text
+
+    files = files_to_verify(release, only)
+    folder, source = files[0].parent, locate(against).path
+    config = read_config(folder)
+    rows = rows_from_text(text, folder, documents, length) if text else held_out_rows(folder, documents, length)
+    sources, measured = [GgufSource(file, config) for file in files], dict[str, Evaluation]()
+    for opened in sources:
+        name = opened.file.name
+        measured[name] = evaluate(
+            opened,
+            source,
+            rows,
+            lambda at, name=name: report(at.block, at.blocks, f"{name}, {at.tokens_per_second:.0f} tokens/s"),  # type: ignore[misc]
+        )
+        if (folder / FILE_NAME).is_file():
+            result = read_result(folder)
+            for fact in result.files:
+                fact.evaluation = measured.get(fact.name, fact.evaluation)
+            write_result(folder, result)
+    return measured
+
+
 def evaluate_release(
     release: Path, against: str, text: Path | None, documents: int, length: int, report: Report, speculate: int = 0
 ) -> Evaluation:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from qwench.checkpoint.source import Part, TensorEntry
 from qwench.errors import CheckpointError
-from qwench.formats.gguf_tensors import GgufTensor, gguf_tensors
+from qwench.formats.gguf_tensors import Content, GgufTensor, gguf_tensors
 from qwench.models import map_of, sketch
 from qwench.models.map import ModelMap, Slot
 
@@ -40,11 +40,14 @@ class GgufSource:
         map: its map.
         types: how each tensor of the file is stored, by its name there.
 
+    Args:
+        content: what the file holds: `model` (with or without a head), or `mtp`: a draft file, of which only what it has is there to read.
+
     Raises:
         CheckpointError: it is no GGUF file, it is truncated, or it is of another network than the config.
     """
 
-    def __init__(self, file: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, file: Path, config: Mapping[str, Any], content: Content = "model") -> None:
         self.file, self.folder = file, file.parent
         try:
             reader = gguf.GGUFReader(file)
@@ -56,14 +59,14 @@ class GgufSource:
         self.config = _text_only(config, head)
         plan = sketch(self.config)
         self.map: ModelMap = map_of(plan)
-        self.tensors: Mapping[str, TensorEntry] = {
-            n: TensorEntry(n, "F32", e.shape, file.name) for n, e in plan.tensors.items()
-        }
         self._parts: dict[str, list[tuple[GgufTensor, int, Slot]]] = defaultdict(list)
-        for tensor in gguf_tensors(self.config, self.map, "model"):
+        for tensor in gguf_tensors(self.config, self.map, content):
             self._check(tensor)
             for number, slot in enumerate(tensor.slots):
                 self._parts[slot.tensor].append((tensor, number, slot))
+        self.tensors: Mapping[str, TensorEntry] = {
+            n: TensorEntry(n, "F32", e.shape, file.name) for n, e in plan.tensors.items() if n in self._parts
+        }
 
     def read(self, name: str, part: Part = ()) -> Tensor:
         """One tensor of the checkpoint, or a part of it, float32. Raises CheckpointError where there is none of that name."""

@@ -33,8 +33,8 @@ from qwench.stream.rows import TOKENIZER_FILES, Rows, load_tokenizer
 
 
 def evaluate(
-    release: Path,
-    source: Path,
+    release: Path | TensorSource,
+    source: Path | TensorSource,
     rows: Rows,
     progress: Callable[[Progress], None] | None = None,
     dtype: torch.dtype = torch.float32,
@@ -43,8 +43,8 @@ def evaluate(
     """Everything that a card says about quality.
 
     Args:
-        release: the folder of the release.
-        source: the folder of what it was made from.
+        release: the folder of the release; or what reads it, where that is no folder of safetensors (a GGUF file).
+        source: the folder of what it was made from, or what reads it.
         rows: at least 2 rows, in the tokens of both.
         progress: called after every decoder layer.
         dtype: what to compute in, float32 or bfloat16.
@@ -57,7 +57,7 @@ def evaluate(
     """
     begun = time.monotonic()
     check_rows(rows)
-    sources = open_source(source), open_source(release)
+    sources = _opened(source), _opened(release)
     maps = map_of(sources[0]), map_of(sources[1])
     check_same_tokens(sources, maps)
     trunks = Trunk(sources[0], maps[0], dtype), Trunk(sources[1], maps[1], dtype)
@@ -91,6 +91,10 @@ def evaluate(
         seconds=time.monotonic() - begun,
         peak_rss=peak_rss(),
     )
+
+
+def _opened(place: Path | TensorSource) -> TensorSource:
+    return open_source(place) if isinstance(place, Path) else place
 
 
 def summarized_divergence(measures: TokenMeasures) -> Divergence:

@@ -145,7 +145,7 @@ def verification_row(found: Verification) -> dict[str, str]:
         "original": f"{found.original_kl:.2g}" if found.original_kl is not None else "",
         "drafts": f"{drafts['accepted']:.0f} of {drafts['drafted']:.0f}" if "drafted" in drafts else "",
         "ours": f"{drafts['ours accepted']:.0f} of {drafts['ours drafted']:.0f}" if "ours drafted" in drafts else "",
-        "image": found.image or "",
+        "image": found.image.partition(" through")[0] if found.image else "",
     }
 
 

@@ -39,7 +39,7 @@ def main(folder: Path) -> None:
 
 
 def _serve(request: dict[str, Any], folder: Path, answer: dict[str, Any]) -> None:
-    """The rows; then, from one server each, tokens (with drafts, where they are asked for) and images."""
+    """The rows; then, from one server each, tokens, tokens with drafts, and images."""
     path, tower = find(Path(request["folder"]))
     names = [t.name for t in gguf.GGUFReader(path).tensors]
     model = Model(path, max(len(row) for row in request["rows"]), request["threads"])
@@ -48,14 +48,19 @@ def _serve(request: dict[str, Any], folder: Path, answer: dict[str, Any]) -> Non
     for number, row in enumerate(request["rows"]):
         np.savez(folder / f"row{number}.npz", **arrays(model.logits(row)[:-1], request["top_k"]))
     model.close()
-    server = start(path, request, tower=None, drafts=request["speculate"])
-    told = post(server, "/completion", prompt=request["rows"][0], n_predict=request["generate"], **GREEDY)
-    answer["generated"] = told["tokens"]
-    if request["speculate"]:
-        answer["speculation"] = speculation(told, server)
-    del server
+    plain = written(start(path, request), request["rows"][:1], request["generate"])
+    answer["generated"] = plain[0]["tokens"]
+    drafter = None if any(".nextn." in name for name in names) else draft_file(path)
+    if request["speculate"] and (drafter is not None or any(".nextn." in name for name in names)):
+        answer["speculation"] = speculation(start(path, request, drafts=request["speculate"], drafter=drafter), request)
     if request["image"] and tower is not None:
-        answer["image"] = images(start(path, request, tower=tower, drafts=0))
+        answer["image"] = images(start(path, request, tower=tower))
+
+
+def draft_file(path: Path) -> Path | None:
+    """The head that belongs to a file without one: `mtp-NAME-Q8_0.gguf` beside `NAME-trunk-Q8_0.gguf`."""
+    beside = path.with_name(f"mtp-{path.name.replace('-trunk-', '-')}")
+    return beside if beside.is_file() else None
 
 
 def find(place: Path) -> tuple[Path, Path | None]:
@@ -84,8 +89,14 @@ def arrays(logits: NDArray[np.float32], top_k: int | None) -> dict[str, Any]:
 GREEDY = {"temperature": 0, "top_k": 1, "cache_prompt": False, "return_tokens": True, "ignore_eos": True}
 
 
-def start(path: Path, request: dict[str, Any], tower: Path | None, drafts: int) -> Any:
-    """llama.cpp's server in this process."""
+def start(path: Path, request: dict[str, Any], tower: Path | None = None, drafts: int = 0, drafter: Path | None = None) -> Any:
+    """llama.cpp's server in this process.
+
+    Args:
+        tower: the file of the tower, where it is to see images.
+        drafts: tokens that the MTP head drafts in each round; 0: none.
+        drafter: the file of the head, where `path` has none.
+    """
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
     params.n_ctx = max(len(request["rows"][0]) + request["generate"] + SPARE, 1024)
@@ -94,10 +105,17 @@ def start(path: Path, request: dict[str, Any], tower: Path | None, drafts: int) 
     if tower is not None:
         params.mmproj.path, params.mmproj_use_gpu = str(tower), False
     if drafts:
-        params.load_mtp = True
+        params.load_mtp = drafter is None
         params.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_MTP]
-        params.speculative.draft.n_max = drafts
+        params.speculative.draft.n_max, params.speculative.draft.p_min = drafts, 0.0  # no draft is held back, however unsure
+    if drafter is not None:
+        params.speculative.draft.mparams.path = str(drafter)
     return xllamacpp.Server(params)
+
+
+def written(server: Any, rows: list[list[int]], count: int) -> list[dict[str, Any]]:
+    """What it writes greedily after each row."""
+    return [post(server, "/completion", prompt=row, n_predict=count, **GREEDY) for row in rows]
 
 
 def post(server: Any, path: str, **question: Any) -> dict[str, Any]:
@@ -109,16 +127,28 @@ def post(server: Any, path: str, **question: Any) -> dict[str, Any]:
     return answer
 
 
-def speculation(told: dict[str, Any], server: Any) -> dict[str, Any]:
-    """Its own counters: of the answer, or where nothing was drafted, zeros."""
-    timings = told["timings"]
-    counted = {"drafted": timings.get("draft_n", 0), "accepted": timings.get("draft_n_accepted", 0)}
+def speculation(server: Any, request: dict[str, Any]) -> dict[str, Any]:
+    """Its own counters after all rows: rounds (`drafts`), tokens drafted and accepted, accepted by draft position; and what it wrote."""
+    told = written(server, request["rows"], request["generate"])
     with urllib.request.urlopen(server.listening_address + "/metrics") as reply:
         text = reply.read().decode()
-    for name in ("drafts", "draft_tokens", "accepted_tokens"):
-        if found := re.search(rf"^llamacpp:spec_decode_num_{name}_total (\S+)", text, re.M):
-            counted[f"total_{name}"] = float(found[1])
-    return counted
+    places = re.findall(r'^llamacpp:spec_decode_num_accepted_tokens_per_pos_total\{position="(\d+)"\} (\S+)', text, re.M)
+    by_position = {int(place): int(float(count)) for place, count in places}
+    return {
+        **{name: counter(text, key) for name, key in COUNTERS.items()},
+        "accepted_by_position": [by_position.get(place, 0) for place in range(request["speculate"])],
+        "written": [reply["tokens"] for reply in told],
+    }
+
+
+COUNTERS = {"drafts": "drafts", "drafted": "draft_tokens", "accepted": "accepted_tokens"}
+"""Our names -> those in `llamacpp:spec_decode_num_*_total`."""
+
+
+def counter(metrics: str, key: str) -> int:
+    """One counter; 0 where nothing was ever counted."""
+    found = re.search(rf"^llamacpp:spec_decode_num_{key}_total (\S+)", metrics, re.M)
+    return int(float(found[1])) if found else 0
 
 
 def images(server: Any) -> dict[str, Any]:
