@@ -6,12 +6,16 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from qwench.formats import adapter
 from qwench.formats.release import Release, open_source
+from qwench.models import map_of
+from qwench.models.run import Trunk
+from qwench.steps.verify import our_logprobs, row_divergence
 
 RANK = 16
 STRENGTH = 0.4
@@ -48,3 +52,13 @@ def factors(shape: tuple[int, int], rank: int, norm: float, generator: torch.Gen
     right_RI = torch.randn(rank, columns, generator=generator) / columns**0.5
     left_OR = torch.randn(rows, rank, generator=generator) * norm / (rows * rank) ** 0.5
     return right_RI.to(torch.bfloat16), left_OR.to(torch.bfloat16)
+
+
+def effect(release: Path, adapter_folder: Path, rows: list[list[int]]) -> float:
+    """What the corrections do: mean KL in nats between our own reading with them and without."""
+    plain = open_source(release)
+    corrected = adapter.Corrected(plain, adapter.Adapter(adapter_folder))
+    logprobs = [list(our_logprobs(Trunk(source, map_of(source)), rows)) for source in (corrected, plain)]
+    return float(
+        np.mean([row_divergence(ours, None, theirs.numpy())[0].mean() for ours, theirs in zip(*logprobs, strict=True)])
+    )
