@@ -12,11 +12,12 @@ from compressed_tensors.quantization.lifecycle.forward import dequantize
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from torch import Tensor
 
+from qwench import numerics
 from qwench.checkpoint.source import TORCH_DTYPE
 from qwench.errors import CheckpointError
 from qwench.formats.compressed_tensors import FORMAT_OF, complaint, layout, pack, quantization_config, scheme_of, unpack
-from qwench.formats.quantization_config import weight_arguments
-from qwench.numerics import SCHEMES, Quantized, Scheme, decode, encode
+from qwench.formats.quantization_config import activation_arguments, weight_arguments
+from qwench.numerics import SCHEMES, Quantized, Scheme, decode
 from qwench.numerics.float4 import power_of_two
 
 MODULE = "model.layers.3.mlp.up_proj"
@@ -50,7 +51,18 @@ def weight_of(shape: tuple[int, int]) -> Tensor:
 
 
 def library_scheme(scheme: Scheme) -> QuantizationScheme:
-    return QuantizationScheme(targets=["Linear"], weights=weight_arguments(scheme), format=FORMAT_OF[scheme.kind])
+    return QuantizationScheme(
+        targets=["Linear"],
+        weights=weight_arguments(scheme),
+        input_activations=activation_arguments(scheme),
+        format=FORMAT_OF[scheme.kind],
+    )
+
+
+def encode(weight: Tensor, scheme: Scheme, outer: Tensor | None = None, scale_dtype: torch.dtype = torch.bfloat16) -> Quantized:
+    """A weight as a method hands it over, with the range of its inputs where the scheme has one."""
+    quantized = numerics.encode(weight, scheme, outer, scale_dtype)
+    return dataclasses.replace(quantized, input_outer=torch.tensor([37.25]) if scheme.activations == "nvfp4" else None)
 
 
 @pytest.mark.parametrize(("name", "shape"), CASES)
@@ -66,7 +78,7 @@ def test_layout_promises_what_pack_returns(name: str, shape: tuple[int, int]) ->
 def test_unpack_is_the_inverse_of_pack(name: str, shape: tuple[int, int]) -> None:
     written = encode(weight_of(shape), SEVERAL[name])
     read = unpack(MODULE, pack(MODULE, written), SEVERAL[name], shape)
-    for field in ("codes", "scales", "zeros", "outer"):
+    for field in ("codes", "scales", "zeros", "outer", "input_outer"):
         ours, theirs = getattr(written, field), getattr(read, field)
         assert (ours is None) == (theirs is None), field
         assert ours is None or (ours.dtype == theirs.dtype and torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))), (

@@ -7,6 +7,7 @@
 |        |                        | ordered: weight_g_idx I32 [in], the group of each column                                       |
 | nvfp4  | `nvfp4-pack-quantized` | weight_packed U8 [out, in/2], weight_scale F8_E4M3 [out, in/16], weight_global_scale F32 [1]   |
 | mxfp4  | `mxfp4-pack-quantized` | weight_packed U8 [out, in/2], weight_scale U8 [out, in/32]                                     |
+|        |                        | activations in nvfp4: input_global_scale F32 [1], a divisor like the other one                 |
 | fp8    | `float-quantized`      | weight F8_E4M3 [out, in], weight_scale [out, 1] or [ceil(out/128), ceil(in/128)]               |
 
 `layout` knows all of it from the shape alone, so that a plan can count bytes and a writer can write headers before any number is there;
@@ -36,6 +37,14 @@ CODES = ("weight_packed", "weight")
 SCALES = "weight_scale"
 SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale", "weight_g_idx")
 """Names of tensors that only a quantized module has."""
+INPUT_SCALE = "input_global_scale"
+"""Name of the divisor of NVFP4 activations."""
+
+FOUR_BIT_NOTE = (
+    "4-bit activations are computed by GPUs with FP4 tensor cores (NVIDIA Blackwell: compute capability 10.0, 12.0); elsewhere vLLM leaves them in 16 bits, and the "
+    "release is as fast and as accurate as its weights alone"
+)
+EIGHT_BIT_NOTE = "8-bit activations are computed by GPUs with FP8 tensor cores (NVIDIA: compute capability 8.9 and up); elsewhere vLLM leaves them in 16 bits"
 
 
 def complaint(scheme: Scheme, shape: tuple[int, ...]) -> str | None:
@@ -47,7 +56,8 @@ def complaint(scheme: Scheme, shape: tuple[int, ...]) -> str | None:
 
 def notes(schemes: Iterable[Scheme]) -> list[str]:
     """What a person should know about a release with these schemes."""
-    return []
+    asked = {scheme.activations for scheme in schemes}
+    return [FOUR_BIT_NOTE] * ("nvfp4" in asked) + [EIGHT_BIT_NOTE] * ("fp8" in asked)
 
 
 def sidecars(config: Mapping[str, Any]) -> dict[str, bytes]:
@@ -90,6 +100,8 @@ def layout(module: str, shape: tuple[int, ...], scheme: Scheme, dtype: str = "BF
         }
         if scheme.kind == "nvfp4":
             specs["weight_global_scale"] = ("F32", (1,))
+        if scheme.activations == "nvfp4":
+            specs[INPUT_SCALE] = ("F32", (1,))
     return [TensorSpec(f"{module}.{suffix}", code, dims) for suffix, (code, dims) in specs.items()]
 
 
@@ -111,6 +123,9 @@ def pack(module: str, quantized: Quantized) -> dict[str, Tensor]:
         tensors["weight_packed"] = pack_nibbles(codes)
         if quantized.outer is not None:
             tensors["weight_global_scale"] = quantized.outer
+    if scheme.activations == "nvfp4":
+        assert quantized.input_outer is not None, f"{module}: nothing has found the range of its inputs"
+        tensors[INPUT_SCALE] = quantized.input_outer
     tensors["weight_scale"] = quantized.scales
     return {f"{module}.{suffix}": tensor for suffix, tensor in tensors.items()}
 
@@ -135,7 +150,7 @@ def unpack(
         return Quantized(scheme, _there(found, "weight"), scales)
     packed = _there(found, "weight_packed")
     if scheme.kind != "int":
-        return Quantized(scheme, unpack_nibbles(packed), scales, outer=outer)
+        return Quantized(scheme, unpack_nibbles(packed), scales, outer=outer, input_outer=found.get(INPUT_SCALE))
     zeros = None if scheme.symmetric else unpack_rows(_there(found, "weight_zero_point"), scheme.bits, shape[0])
     order = order_of(f"{module}.weight_g_idx", found.get("weight_g_idx"), scheme, shape[1], scales.shape[1])
     return Quantized(scheme, unpack_words(packed, scheme.bits, shape[1]), scales, zeros, group_of_column=order)
@@ -190,7 +205,7 @@ def part_of(suffix: str, scheme: Scheme, first: int, last: int) -> Part | None:
     """
     if suffix == "weight_shape":
         return None
-    if suffix in ("weight_global_scale", "weight_g_idx"):
+    if suffix in ("weight_global_scale", "weight_g_idx", INPUT_SCALE):
         return ()
     # Scales of blocks and words of zero points have fewer rows than the weight.
     fewer = suffix == "weight_zero_point" or (suffix == "weight_scale" and scheme.block)

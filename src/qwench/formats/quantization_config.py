@@ -14,11 +14,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from qwench.errors import CheckpointError
 from qwench.formats.matching import OTHER, exact_pattern, matches, patterns, place
-from qwench.numerics import Scheme
+from qwench.numerics import Activations, Scheme
 
 METHOD = "compressed-tensors"
 VERSION = "0.20.0"
@@ -69,7 +70,7 @@ def by_stored_scheme(assigned: Mapping[str, Scheme]) -> dict[Scheme, list[str]]:
     """Modules by what a reader can know of their scheme: not how its scales were chosen."""
     by_scheme: dict[Scheme, list[str]] = {}
     for module, s in assigned.items():
-        stored = Scheme(s.kind, s.bits, s.group, s.block, s.symmetric, ordered=s.ordered)
+        stored = Scheme(s.kind, s.bits, s.group, s.block, s.symmetric, ordered=s.ordered, activations=s.activations)
         by_scheme.setdefault(stored, []).append(module)
     return by_scheme
 
@@ -94,7 +95,7 @@ def _targets(scheme: Scheme, of_class: bool, by_scheme: Mapping[Scheme, Sequence
 def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
     return {
         "format": FORMAT_OF[scheme.kind],
-        "input_activations": None,
+        "input_activations": activation_arguments(scheme),
         "output_activations": None,
         "targets": targets,
         "weights": weight_arguments(scheme),
@@ -118,6 +119,17 @@ def weight_arguments(scheme: Scheme) -> dict[str, Any]:
     if scheme.kind == "mxfp4":
         arguments |= {"scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}
     return arguments
+
+
+def activation_arguments(scheme: Scheme) -> dict[str, Any] | None:
+    """What a scheme does to the inputs of its layers, in the words of compressed-tensors (`QuantizationArgs`); None: nothing."""
+    if scheme.activations == "none":
+        return None
+    arguments: dict[str, Any] = {"actorder": None, "block_structure": None, "symmetric": True, "type": "float"}
+    if scheme.activations == "fp8":
+        return arguments | {"dynamic": True, "group_size": None, "num_bits": 8, "strategy": "token"}
+    e4m3 = {"scale_dtype": "torch.float8_e4m3fn", "zp_dtype": "torch.float8_e4m3fn"}
+    return arguments | {"dynamic": "local", "group_size": 16, "num_bits": 4, "strategy": "tensor_group"} | e4m3
 
 
 def _ignore(assigned: Mapping[str, Scheme], kept: Collection[str]) -> list[str]:
@@ -181,7 +193,20 @@ def _read_group(group: Mapping[str, Any], config: Mapping[str, Any], module: str
     if scheme is None or stored != FORMAT_OF[scheme.kind]:
         what = f"{module} is stored as {stored!r} with weights {dict(weights)}"
         raise CheckpointError(what, f"Qwench reads {', '.join(FORMAT_OF.values())} as docs/formats.md describes them")
-    return scheme
+    return replace(scheme, activations=_read_activations(group.get("input_activations"), scheme))
+
+
+def _read_activations(found: Mapping[str, Any] | None, scheme: Scheme) -> Activations:
+    """What is done to inputs, as far as it is one of ours: four-bit blocks over a stored divisor, or eight bits with a scale for each token.
+
+    Of others (a stored scale for all tokens, integers) nothing is done here; engines that cannot do them compute in 16 bits too.
+    """
+    if not found or found.get("type", "int") != "float" or not found.get("symmetric", True):
+        return "none"
+    kind = found.get("num_bits", 8), found.get("strategy"), found.get("dynamic")
+    if kind == (4, "tensor_group", "local") and found.get("group_size") == 16 and scheme.kind == "nvfp4":
+        return "nvfp4"
+    return "fp8" if kind == (8, "token", True) and scheme.kind == "fp8" and not scheme.block else "none"
 
 
 def _read_weights(weights: Mapping[str, Any]) -> Scheme | None:

@@ -2,7 +2,8 @@
 
 `Release` wraps a checkpoint whose `config.json` has a `quantization_config` and shows its tensors under the names of the unquantized original:
 `X.weight` for `X.weight_packed`, `X.weight_scale` and the rest, or for `X.qweight`, `X.scales` and theirs. What runs a model need not know the difference. Quantized weights are decoded
-as they are read, to exact float32: which precision to compute in is the reader's choice. All other tensors come as they are stored.
+as they are read, to exact float32: which precision to compute in is the reader's choice. All other tensors come as they are stored. What is to be done to the inputs of a layer is
+not in its weights: whoever runs the model asks `input_rounding` (see `models.inputs`).
 
 Experts that are quantized are stored one by one, so they appear one by one, whatever the layout of the original was.
 """
@@ -23,10 +24,11 @@ from qwench.checkpoint.source import Part, TensorEntry, TensorSource
 from qwench.errors import CheckpointError
 from qwench.formats import FORMATS, Container
 from qwench.formats.adapter import CONFIG_NAME, FOLDER, Adapter, Corrected
-from qwench.numerics import Quantized, Scheme, decode
+from qwench.formats.compressed_tensors import INPUT_SCALE
+from qwench.numerics import InputRounding, Quantized, Scheme, decode
 
 ACTIVATION_SUFFIXES = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point")
-"""Tensors of quantized activations: they do not change the weights, and are not shown."""
+"""Tensors of quantized activations: they do not change the weights, and are not shown. `input_rounding` reads the one that it knows."""
 
 OPTIONAL = (".weight_shape", ".g_idx")
 """Tensors that other writers leave out where they say nothing; `unpack` misses the second where it does."""
@@ -134,6 +136,26 @@ class Release:
         """The codes and scales behind a tensor, or None where it is not quantized. Raises as `read`."""
         weight = self.stored.get(name)
         return self._rows(weight, 0, weight.shape[0]) if weight else None
+
+    def input_rounding(self, module: str) -> InputRounding | None:
+        """What is done to the input of a linear layer; None where nothing is. See `models.inputs.RoundsInputs`.
+
+        Raises:
+            CheckpointError: from the source; a divisor that is no positive number.
+        """
+        weight = self.stored.get(f"{module}.weight")
+        if weight is None or weight.scheme.activations == "none":
+            return None
+        if weight.scheme.activations == "fp8":
+            return InputRounding("fp8")
+        name = f"{module}.{INPUT_SCALE}"
+        outer = float(self.source.read(name))
+        if not (math.isfinite(outer) and outer > 0):
+            file = self.folder / self.source.tensors[name].file
+            raise CheckpointError(
+                f"{name} in {file} is {outer}: inputs cannot be divided by it", "the file was not calibrated: make it again"
+            )
+        return InputRounding("nvfp4", outer)
 
     def close(self) -> None:
         """Close what lies below."""

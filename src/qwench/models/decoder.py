@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from qwench.models.cache import DeltaStates, KeyValues, causal_mask
 from qwench.models.delta import first_state, read_delta
+from qwench.models.inputs import round_inputs, rounded_inputs
 from qwench.models.map import Block
 from qwench.models.modules import lend, text_positions
 from qwench.models.run import Trunk
@@ -80,8 +81,9 @@ class Decoder:
             return self._layers[index]
         block = self.trunk.map.blocks[index]
         layer = self.trunk.modules.new_layer(block.kind)
-        weights = read_block(self.trunk.source, block, f"{self.trunk.map.prefix}layers.{index}.", self.trunk.dtype)
-        layer.load_state_dict(weights, assign=True)
+        stem = f"{self.trunk.map.prefix}layers.{index}."
+        layer.load_state_dict(read_block(self.trunk.source, block, stem, self.trunk.dtype), assign=True)
+        round_inputs(layer, block.slots, stem, rounded_inputs(self.trunk.source, block.slots))
         if self._fits(_parameters(block)):
             self._layers[index] = layer
         return layer

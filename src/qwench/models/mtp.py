@@ -26,9 +26,11 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import apply_rotary_pos_emb
 from qwench.checkpoint.source import TensorSource
 from qwench.errors import CheckpointError
 from qwench.models.cache import KeyValues, causal_mask
+from qwench.models.inputs import round_inputs, rounded_inputs
 from qwench.models.map import ModelMap
 from qwench.models.modules import Modules, lend, text_positions
 from qwench.models.weights import read_block, read_slot
+from qwench.numerics import InputRounding
 
 QUERIES = 256
 """Positions whose attention scores are held at once."""
@@ -83,6 +85,7 @@ class MtpHead:
         self.modules = Modules(source.config, map)
         self._layer: Any = None
         self._own: dict[str, Tensor] = {}
+        self._fc_rounding: InputRounding | None = None
 
     @torch.no_grad()
     def drafts(self, hidden_BTD: Tensor, embedded_BTD: Tensor, steps: int, positions_3BT: Tensor | None = None) -> list[Tensor]:
@@ -142,7 +145,8 @@ class MtpHead:
         """What the layer reads: fc of the two normed halves, the embedding's first."""
         self._load()
         halves = self._norm("embedding", embedded_BTD), self._norm("hidden", hidden_BTD)
-        return F.linear(torch.cat(halves, dim=-1), self._own["mtp.fc"])
+        pair = torch.cat(halves, dim=-1)
+        return F.linear(self._fc_rounding(pair) if self._fc_rounding else pair, self._own["mtp.fc"])
 
     def _attention(self, x: Tensor, positions: Tensor, cached: list[KeysValues]) -> tuple[Tensor, KeysValues]:
         """The layer's attention with its output gate, and the keys and values that it adds to the cache."""
@@ -167,9 +171,10 @@ class MtpHead:
     def _load(self) -> None:
         if self._layer is None:
             self._own = {s.role: read_slot(self.source, s, self.dtype) for s in self.map.others if s.role.startswith("mtp.")}
-            layer = self.modules.new_layer("full_attention")
-            layer.load_state_dict(read_block(self.source, self.map.mtp[0], "mtp.layers.0.", self.dtype), assign=True)
-            self._layer = layer
+            layer, block, fc = self.modules.new_layer("full_attention"), self.map.mtp[0], self.map.other("mtp.fc")
+            layer.load_state_dict(read_block(self.source, block, "mtp.layers.0.", self.dtype), assign=True)
+            round_inputs(layer, block.slots, "mtp.layers.0.", rounded_inputs(self.source, block.slots))
+            self._layer, self._fc_rounding = layer, rounded_inputs(self.source, [fc]).get(fc.module)
 
 
 def attend(query_BHTA: Tensor, cache: list[KeysValues], scaling: float) -> Tensor:

@@ -5,7 +5,7 @@
     logits = trunk.logits(hidden[:, -1])       # [B, V]
 
 The modules are those of transformers, lent the weights that the map finds, whatever the layout: equal to the model that transformers would load,
-which a test holds them to. Compute is float32 unless asked otherwise; never float16, which Gated DeltaNet overflows.
+which a test holds them to. Where the source says that linear layers read rounded inputs, they do (see `inputs`). Compute is float32 unless asked otherwise; never float16, which Gated DeltaNet overflows.
 
 Letters in names: B rows, T positions, D hidden size, V vocabulary.
 """
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from qwench.checkpoint.source import TensorSource
 from qwench.errors import CheckpointError, UserError
+from qwench.models.inputs import rounded_inputs, rounding_inputs
 from qwench.models.map import ModelMap
 from qwench.models.modules import Modules, lend, text_positions
 from qwench.models.weights import read_block, read_rows, read_slot
@@ -75,16 +76,17 @@ class Trunk:
         Raises:
             CheckpointError: from the source.
         """
-        block = self.map.blocks[index]
-        weights = read_block(self.source, block, f"{self.map.prefix}layers.{index}.", self.dtype)
+        block, stem = self.map.blocks[index], f"{self.map.prefix}layers.{index}."
+        weights, rounded = read_block(self.source, block, stem, self.dtype), rounded_inputs(self.source, block.slots)
         layer, hidden_BTD = self.modules.layer(block.kind), hidden_BTD.to(self.dtype)
         rows, length, _ = hidden_BTD.shape
         positions = text_positions(length).expand(3, rows, length) if positions_3BT is None else positions_3BT
         at_once, result = max(1, POSITIONS // length), torch.empty_like(hidden_BTD)
-        for first in range(0, rows, at_once):
-            some = slice(first, first + at_once)
-            rope = self.modules.rope(positions[:, some], hidden_BTD)
-            result[some] = lend(layer, weights, hidden_BTD[some], position_embeddings=rope, attention_mask=None)
+        with rounding_inputs(layer, block.slots, stem, rounded):
+            for first in range(0, rows, at_once):
+                some = slice(first, first + at_once)
+                rope = self.modules.rope(positions[:, some], hidden_BTD)
+                result[some] = lend(layer, weights, hidden_BTD[some], position_embeddings=rope, attention_mask=None)
         return result
 
     @torch.no_grad()

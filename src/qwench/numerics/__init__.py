@@ -11,15 +11,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qwench.numerics.activation import InputRounding
 from qwench.numerics.chunks import finite, largest_magnitude
 from qwench.numerics.float4 import decode_float4, encode_mxfp4, encode_nvfp4, outer_scale
 from qwench.numerics.float8 import decode_fp8, encode_fp8
 from qwench.numerics.integer import decode_integer, encode_integer
 from qwench.numerics.quantized import Quantized, RoundTrip
-from qwench.numerics.scheme import SCHEMES, Kind, Scheme, Search
+from qwench.numerics.scheme import SCHEMES, Activations, Kind, Scheme, Search
 
 __all__ = [
     "SCHEMES",
+    "Activations",
+    "InputRounding",
     "Kind",
     "Quantized",
     "RoundTrip",
@@ -103,6 +106,12 @@ def _scheme_complaint(scheme: Scheme) -> str | None:
         return "only int can be asymmetric, and full_range says that it is symmetric"
     if scheme.full_range and kind != "int":
         return f"full_range is for int, not for {kind}"
+    if scheme.activations != "none" and scheme.activations != kind:
+        return (
+            f"{kind} weights do not go with {scheme.activations} activations in any engine: nvfp4 goes with nvfp4, fp8 with fp8"
+        )
+    if scheme.activations == "fp8" and scheme.block is not None:
+        return "fp8 activations have a scale for each token, which goes with weights of a scale per row, not per block"
     if scheme.ordered and (kind != "int" or scheme.group is None):
         return "columns can be ordered only in int with groups: elsewhere no group has to be told of a column"
     if scheme.search == "mse" and kind == "fp8":

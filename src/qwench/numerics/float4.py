@@ -78,9 +78,8 @@ def encode_nvfp4(weight: Tensor, scheme: Scheme, outer: Tensor | None = None) ->
     scales = torch.empty(weight.shape[0], weight.shape[1] // group, dtype=torch.float8_e4m3fn)
 
     def work(tile: Tile, space: Workspace) -> ErrorSums:
-        magnitude = _magnitude(tile.of(weight), space)
-        blocks = magnitude.view(-1, group)
-        scale = _best(blocks, fits_nvfp4(_block_largest(blocks), divisor, scheme.search), space)
+        blocks = magnitude(tile.of(weight), space).view(-1, group)
+        scale = _best(blocks, fits_nvfp4(block_largest(blocks), divisor, scheme.search), space)
         scales[tile.rows].view(-1).copy_(scale)
         return _finish(tile, weight, blocks, scale / divisor, codes, space)
 
@@ -98,9 +97,8 @@ def encode_mxfp4(weight: Tensor, scheme: Scheme) -> Quantized:
     exponents = torch.empty(weight.shape[0], weight.shape[1] // group, dtype=torch.uint8)
 
     def work(tile: Tile, space: Workspace) -> ErrorSums:
-        magnitude = _magnitude(tile.of(weight), space)
-        blocks = magnitude.view(-1, group)
-        exponent = _best(blocks, fits_mxfp4(_block_largest(blocks), scheme.search), space)
+        blocks = magnitude(tile.of(weight), space).view(-1, group)
+        exponent = _best(blocks, fits_mxfp4(block_largest(blocks), scheme.search), space)
         exponents[tile.rows].view(-1).copy_(exponent)
         return _finish(tile, weight, blocks, power_of_two(exponent), codes, space)
 
@@ -159,17 +157,17 @@ def round_e4m3(scale: Tensor) -> Tensor:
     return scale.add_(large).sub_(large)
 
 
-def _magnitude(weight: Tensor, space: Workspace) -> Tensor:
+def magnitude(weight: Tensor, space: Workspace) -> Tensor:
     """|weight| in float32, contiguous. The sign is taken off while the numbers are still short."""
     shape = (weight.shape[0], weight.shape[1])
-    magnitude = space.take("magnitude", shape)
+    large = space.take("magnitude", shape)
     if weight.dtype is torch.float32:
-        return torch.abs(weight, out=magnitude)
-    magnitude.copy_(torch.abs(weight, out=space.take("short", shape, weight.dtype)))
-    return magnitude
+        return torch.abs(weight, out=large)
+    large.copy_(torch.abs(weight, out=space.take("short", shape, weight.dtype)))
+    return large
 
 
-def _block_largest(blocks: Tensor) -> Tensor:
+def block_largest(blocks: Tensor) -> Tensor:
     """The largest of each row of non-negative float32: their bits order like the numbers, and integers reduce faster."""
     return torch.amax(blocks.view(torch.int32), 1).view(torch.float32)
 
@@ -185,13 +183,18 @@ def _round(blocks: Tensor, scale: Tensor, space: Workspace) -> tuple[Tensor, Ten
     return total, torch.sub(total, large, out=large)
 
 
+def round_e2m1(blocks: Tensor, scale: Tensor, space: Workspace) -> Tensor:
+    """The nearest E2M1 magnitudes of blocks / scale, a buffer of `space`: blocks [M, 16] of magnitudes, scale [M], both float32."""
+    return _round(blocks, scale, space)[1]
+
+
 def _best(blocks: Tensor, candidates: list[tuple[Tensor, Tensor]], space: Workspace) -> Tensor:
     """For each block the stored scale of least squared error, the first one of equals. Candidates are (stored, as float32) pairs."""
     if len(candidates) == 1:
         return candidates[0][0]
     best, least = candidates[0][0].clone(), torch.full((blocks.shape[0],), torch.inf)
     for stored, scale in candidates:
-        rounded = _round(blocks, scale, space)[1]
+        rounded = round_e2m1(blocks, scale, space)
         # In units of the first scale: squares of tiny weights would vanish in float32.
         error = rounded.mul_(scale.view(-1, 1)).sub_(blocks).div_(candidates[0][1].view(-1, 1)).square_().sum(1)
         better = error < least

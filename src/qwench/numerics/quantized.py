@@ -37,6 +37,7 @@ class Quantized:
         zeros: int8 [out, groups], only asymmetric `int`.
         outer: float32 [1], only `nvfp4`: the divisor shared by a fused set (448 * 6 / amax).
         group_of_column: int32 [in], the group of each column where activation order permuted them; None: column // group.
+        input_outer: float32 [1], only where the scheme rounds activations to NVFP4: the divisor of what this matrix reads; None until it is known.
         low_rank: (A [r, in], B [out, r]): an additive correction B @ A; not part of `dequantize`.
         error: how far the values lie from the weight; None where it is not known (read from a file).
     """
@@ -47,6 +48,7 @@ class Quantized:
     zeros: Tensor | None = None
     outer: Tensor | None = None
     group_of_column: Tensor | None = None
+    input_outer: Tensor | None = None
     low_rank: tuple[Tensor, Tensor] | None = None
     error: RoundTrip | None = None
 

@@ -9,6 +9,8 @@ Weights are matrices [out, in]; groups run along `in`.
 | `nvfp4` | E2M1(code) * scale / outer          | FP8 E4M3 per 16, one FP32 divisor per fused set    |
 | `mxfp4` | E2M1(code) * 2^e                    | E8M0 exponent per 32                               |
 | `fp8`   | E4M3(code) * scale                  | one per row, or one per `block` (128x128)          |
+
+A scheme may also ask engines to round what the layer reads, so that the product runs on the units for short numbers (see `activation`).
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Literal
 
 Kind = Literal["int", "nvfp4", "mxfp4", "fp8"]
 Search = Literal["none", "mse", "four-over-six"]
+Activations = Literal["none", "nvfp4", "fp8"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Scheme:
         search: how scales are chosen: from the largest magnitude (`none`), by least squared error over shrunken
             scales (`mse`), or for `nvfp4` by the better of mapping a block's largest value to 6 or to 4 (`four-over-six`).
         ordered: `int` with groups only: the file says for every column which group it is of (`Quantized.group_of_column`; GPTQ's desc_act).
+        activations: what engines round the layer's input to. `nvfp4`, with weights in `nvfp4`: E2M1 with an FP8 scale for each 16 numbers of a token, found as they
+            come, over one divisor that calibration finds. `fp8`, with `fp8` weights of a scale per row: E4M3 with a scale for each token, found as it comes.
     """
 
     kind: Kind
@@ -45,10 +50,11 @@ class Scheme:
     full_range: bool = False
     search: Search = "none"
     ordered: bool = False
+    activations: Activations = "none"
 
     @property
     def label(self) -> str:
-        """A short name for tables: `int4 g128`, `nvfp4 g16`, `fp8 128x128`."""
+        """A short name for tables: `int4 g128`, `nvfp4 g16`, `fp8 128x128`, `nvfp4 g16 w4a4`."""
         text = f"{self.kind}{self.bits}" if self.kind == "int" else self.kind
         if self.block:
             text += f" {self.block[0]}x{self.block[1]}"
@@ -56,7 +62,8 @@ class Scheme:
             text += f" g{self.group}"
         else:
             text += " channel"
-        return text + ("" if self.symmetric else " asym") + (" ordered" if self.ordered else "")
+        rounded = {"none": "", "nvfp4": f" w{self.bits}a4", "fp8": f" w{self.bits}a8"}[self.activations]
+        return text + ("" if self.symmetric else " asym") + (" ordered" if self.ordered else "") + rounded
 
 
 SCHEMES: dict[str, Scheme] = {
@@ -65,8 +72,10 @@ SCHEMES: dict[str, Scheme] = {
     "int8": Scheme("int", 8, group=128),
     "int8-asym": Scheme("int", 8, group=128, symmetric=False),
     "nvfp4": Scheme("nvfp4", 4, group=16),
+    "nvfp4-w4a4": Scheme("nvfp4", 4, group=16, activations="nvfp4"),
     "mxfp4": Scheme("mxfp4", 4, group=32),
     "fp8": Scheme("fp8", 8),
+    "fp8-w8a8": Scheme("fp8", 8, activations="fp8"),
     "fp8-block": Scheme("fp8", 8, block=(128, 128)),
 }
 """Schemes by the name that recipes use."""

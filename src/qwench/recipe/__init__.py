@@ -19,6 +19,7 @@ from qwench.recipe.load import bundled, load_recipe, parse_recipe
 from qwench.recipe.recipe import Recipe, recipe_data
 from qwench.recipe.rules import Rule, SchemeSpec, layer_range, suggestion
 from qwench.recipe.steps import (
+    ActivationSettings,
     AutoRoundSettings,
     Calibration,
     Correct,
@@ -32,6 +33,7 @@ from qwench.recipe.steps import (
 
 __all__ = [
     "AcceptanceGate",
+    "ActivationSettings",
     "AutoRoundSettings",
     "Calibration",
     "Correct",

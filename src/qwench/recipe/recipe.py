@@ -64,14 +64,18 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _rows_are_read(self) -> Recipe:
         if self.calibration and not self.calibrated:
-            raise ValueError("calibration is given, and no step reads it: take it out, or name a method other than rtn")
+            raise ValueError(
+                "calibration is given, and no step reads it: take it out, or name a method other than rtn or a scheme with 4-bit activations"
+            )
         if self.calibrated and not self.calibration:
             raise ValueError("a step reads calibration rows: leave calibration out for the default, or describe it")
         return self
 
     def calibrated_on(self, text: str | None = None, samples: int | None = None, length: int | None = None) -> Recipe:
         """The same recipe on other rows; what is None stays. Raises RecipeError where nothing reads rows, or a number is impossible."""
-        changed: dict[str, Any] = {k: v for k, v in {"text": text, "samples": samples, "length": length}.items() if v is not None}
+        changed: dict[str, Any] = {
+            k: v for k, v in {"text": text, "samples": samples, "length": length}.items() if v is not None
+        }
         if not changed:
             return self
         if self.calibration is None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from qwench.numerics.scheme import SCHEMES, Kind, Scheme, Search
+from qwench.numerics.scheme import SCHEMES, Activations, Kind, Scheme, Search
 
 
 class Strict(BaseModel):
@@ -15,7 +16,7 @@ class Strict(BaseModel):
 
 
 class SchemeSpec(Strict):
-    """A number format spelled out, where no short name fits: `{kind: int, bits: 8, group: 64}`."""
+    """A number format spelled out, where no short name fits: `{kind: int, bits: 8, group: 64}`; the fields are those of `numerics.Scheme`."""
 
     kind: Kind
     bits: Literal[4, 8] = 4
@@ -23,9 +24,12 @@ class SchemeSpec(Strict):
     block: tuple[int, int] | None = None
     symmetric: bool = True
     full_range: bool = False
+    activations: Activations = "none"
 
     def scheme(self, search: Search) -> Scheme:
-        return Scheme(self.kind, self.bits, self.group, self.block, self.symmetric, self.full_range, search)
+        return Scheme(
+            self.kind, self.bits, self.group, self.block, self.symmetric, self.full_range, search, activations=self.activations
+        )
 
 
 class Rule(Strict):
@@ -64,8 +68,7 @@ class Rule(Strict):
             return self.scheme.scheme(self.search)
         if self.scheme == "keep":
             return None
-        named = SCHEMES[self.scheme]
-        return Scheme(named.kind, named.bits, named.group, named.block, named.symmetric, named.full_range, self.search)
+        return replace(SCHEMES[self.scheme], search=self.search)
 
 
 def layer_range(text: str) -> tuple[int, int | None]:

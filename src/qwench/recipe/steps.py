@@ -35,6 +35,20 @@ class AutoRoundSettings(Strict):
     batch: int = Field(8, ge=1)
 
 
+class ActivationSettings(Strict):
+    """How the range of 4-bit activations is chosen (see `methods.activation_range`); 8-bit activations find theirs as they come.
+
+    Attributes:
+        range: `amax`: what was seen is not cut off. `percentile`: a share of the blocks is not. `mse`: least squared rounding error.
+        percentile: of blocks of 16 numbers.
+        experts: `shared`: one range for all experts of a layer, as several kernels of vLLM take it whatever the file says. `own`: each its own.
+    """
+
+    range: Literal["amax", "percentile", "mse"] = "amax"
+    percentile: float = Field(99.99, gt=50, le=100)
+    experts: Literal["shared", "own"] = "shared"
+
+
 class Quantize(Strict):
     """Choose numbers for weights. Later rules win over earlier ones.
 
@@ -43,12 +57,25 @@ class Quantize(Strict):
             gradient descent. The last two read calibration rows.
         rules: what becomes what; everything that no rule names is copied bit for bit.
         gptq, autoround: settings of the method.
+        activations: settings of schemes that round activations to 4 bits, which read calibration rows whatever the method.
     """
 
     method: Literal["rtn", "gptq", "autoround"] = "rtn"
     rules: tuple[Rule, ...] = Field(min_length=1)
     gptq: GptqSettings = GptqSettings()
     autoround: AutoRoundSettings = AutoRoundSettings()
+    activations: ActivationSettings = ActivationSettings()
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether it reads calibration rows: for its method, or for the range of activations."""
+        return self.method != "rtn" or any(rounds_inputs(rule) for rule in self.rules)
+
+
+def rounds_inputs(rule: Rule) -> bool:
+    """Whether a rule asks for activations whose range has to be found."""
+    scheme = rule.resolved()
+    return scheme is not None and scheme.activations == "nvfp4"
 
 
 FoldName = Literal[
@@ -225,7 +252,7 @@ class Step(Strict):
 def reads_rows(step: Step) -> bool:
     """Whether a step reads calibration rows."""
     observed = isinstance(step.export, ExportGguf) and step.export.importance
-    return bool(step.smooth or step.correct or observed or (step.quantize and step.quantize.method != "rtn"))
+    return bool(step.smooth or step.correct or observed or (step.quantize and step.quantize.reads_rows))
 
 
 def default_calibration(steps: tuple[Step, ...]) -> Calibration | None:

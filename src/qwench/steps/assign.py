@@ -110,6 +110,24 @@ def shape_complaints(map: ModelMap, schemes: dict[str, Scheme], container: Conta
             yield f"{slot.module} {list(slot.shape)}: {complaint}", mend
 
 
+def input_complaints(map: ModelMap, schemes: dict[str, Scheme], recipe: Recipe) -> Iterator[Complaint]:
+    """Activations that are rounded where nothing could find their range, or where our own reading of the release would not be that of an engine."""
+    rounded = [slot for slot, scheme in assigned(map, schemes) if scheme.activations != "none"]
+    outside = dict.fromkeys(
+        slot.role for slot in rounded if (slot.layer is None and slot.role != "mtp.fc") or slot.role.startswith("vision.")
+    )
+    if outside:
+        yield (
+            f"{', '.join(outside)}: activations are rounded in decoder layers only, and in mtp.fc",
+            "give these roles a scheme without activations, or keep them",
+        )
+    if rounded and recipe.correct:
+        yield (
+            "a low-rank correction reads what a layer reads, and engines give it the input as it was before rounding: its gain could not be measured",
+            "take the correct step out, or choose schemes without activations",
+        )
+
+
 def assigned(map: ModelMap, schemes: dict[str, Scheme]) -> Iterator[tuple[Slot, Scheme]]:
     for slot in map.slots():
         if slot.module in schemes:

@@ -22,7 +22,7 @@ from qwench.checkpoint.writer import CheckpointWriter
 from qwench.errors import CheckpointError
 from qwench.models.map import Slot
 from qwench.recipe import Recipe
-from qwench.steps.changes import Rounding, Smoothing, Tuning
+from qwench.steps.changes import ActivationRanges, Rounding, Smoothing, Tuning
 from qwench.steps.jobs import Job
 from qwench.steps.plan import Plan
 from qwench.steps.quantize import stored_chunks, write_quantized
@@ -57,13 +57,12 @@ def rows_for(recipe: Recipe, folder: Path) -> Rows:
 
 
 def walks_head(plan: Plan) -> bool:
-    """Whether the walk goes on into the MTP head: a method that reads rows, or smoothing, changes weights of it."""
+    """Whether the walk goes on into the MTP head: a method that reads rows, or smoothing, changes weights of it, or the range of what they read is to be found."""
     recipe = plan.recipe
     smoothed = recipe.smooth is not None and any(fold.startswith(MTP) for fold in recipe.smooth.folds)
     tuned = recipe.quantize is not None and recipe.quantize.method != "rtn"
-    return bool(plan.map.mtp) and (
-        smoothed or (tuned and any(s.role.startswith(MTP) and s.module in plan.schemes for s in plan.map.slots()))
-    )
+    found = (plan.schemes.get(slot.module) for slot in plan.map.slots() if slot.role.startswith(MTP))
+    return bool(plan.map.mtp) and (smoothed or any(s is not None and (tuned or s.activations == "nvfp4") for s in found))
 
 
 def split_jobs(plan: Plan) -> tuple[list[Job], dict[int, list[Job]]]:
@@ -88,6 +87,8 @@ def changes_of(recipe: Recipe, plan: Plan) -> list[Change]:
     if recipe.quantize:
         tuned = recipe.quantize.method == "autoround"
         changes.append((Tuning if tuned else Rounding)(recipe.quantize, recipe.correct, plan.schemes))
+        if any(scheme.activations != "none" for scheme in plan.schemes.values()):
+            changes.append(ActivationRanges(recipe.quantize.activations, plan.schemes))
     return changes
 
 

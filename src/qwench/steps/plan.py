@@ -20,7 +20,7 @@ from qwench.formats import FORMATS, adapter
 from qwench.models.map import ModelMap
 from qwench.numerics.scheme import Scheme
 from qwench.recipe import Export, Recipe, recipe_data
-from qwench.steps.assign import Complaint, assign, assigned, shape_complaints, split_sets
+from qwench.steps.assign import Complaint, assign, assigned, input_complaints, shape_complaints, split_sets
 from qwench.steps.jobs import COPY_BUFFER, Job, Storage, files_of, job_memory, jobs_of
 
 
@@ -53,7 +53,9 @@ class Plan:
         """Changes with the recipe, the source's tensors, or the layout of the result: what a resumed run must share."""
         source = [(e.name, e.dtype, e.shape, e.file, e.start) for e in self.source.tensors.values()]
         files = [(f.name, [(t.name, t.dtype, t.shape) for t in f.tensors]) for f in self.files]
-        recipe = {k: v for k, v in recipe_data(self.recipe).items() if k != "acceptance"}  # which is asked of the bytes, and makes none
+        recipe = {
+            k: v for k, v in recipe_data(self.recipe).items() if k != "acceptance"
+        }  # which is asked of the bytes, and makes none
         text = json.dumps([recipe, str(self.source.folder), source, files, self.config], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -115,6 +117,7 @@ def make_plan(recipe: Recipe, source: TensorSource, map: ModelMap) -> Plan:
         complaints += split_sets(block, schemes)
     container = FORMATS[recipe.export.format]
     complaints += shape_complaints(map, schemes, container)
+    complaints += input_complaints(map, schemes, recipe)
     if complaints:
         raise PlanError(list(dict.fromkeys(complaints)))
     schemes = {slot.module: scheme for slot, scheme in assigned(map, schemes)}  # in the network's order

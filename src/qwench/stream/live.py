@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from qwench.checkpoint.source import TensorSource
+from qwench.models.inputs import rounding_inputs
 from qwench.models.map import Block, ModelMap, Slot
 from qwench.models.modules import Modules, quiet, text_positions
 from qwench.models.weights import FUSED, read_block
-from qwench.numerics import Quantized
+from qwench.numerics import InputRounding, Quantized
 
 
 class LiveBlock:
@@ -33,6 +34,7 @@ class LiveBlock:
         weights: by parameter name of the transformers class.
         quantized: what was stored for a module, by module.
         altered: slots whose weights were changed without being quantized, by module.
+        rounded: how what a module reads is rounded from now on, by module.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class LiveBlock:
         self.weights, self.dtype = weights, dtype
         self.quantized: dict[str, Quantized] = {}
         self.altered: dict[str, Slot] = {}
+        self.rounded: dict[str, InputRounding] = {}
 
     @property
     def label(self) -> str:
@@ -93,7 +96,7 @@ class LiveBlock:
         hidden_BTD = hidden_BTD.to(self.dtype)
         rope = self.modules.rope(text_positions(length).expand(3, rows, length), hidden_BTD)
         named: dict[str, Any] = {"position_embeddings": rope, "attention_mask": None}
-        with quiet():
+        with quiet(), rounding_inputs(self.layer, self.block.slots, self.stem, self.rounded):
             result: Tensor = functional_call(self.layer, dict(weights), (hidden_BTD,), named, strict=True)
         return result
 

@@ -3,8 +3,9 @@
 Each is handed the layer and the rows before it (`stream.walk.Change`), calls a method that knows nothing of either, and puts down what it found.
 """
 
+from qwench.steps.changes.activations import ActivationRanges
 from qwench.steps.changes.rounding import Rounding
 from qwench.steps.changes.smoothing import Smoothing
 from qwench.steps.changes.tuning import Tuning
 
-__all__ = ["Rounding", "Smoothing", "Tuning"]
+__all__ = ["ActivationRanges", "Rounding", "Smoothing", "Tuning"]
