@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -211,6 +212,7 @@ def table(which: str, set_name: str, methods: list[str], samples: int) -> list[d
     for name in methods:
         row, divergences[name] = measure(name, set_name, source, map, ids, yardstick)
         rows.append(row)
+        print(json.dumps(row), file=sys.stderr, flush=True)
     for base in ("rtn", "gptq"):
         compare(rows, divergences, documents, base)
     return rows

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwench.methods.autoround import Options, Run, batches, tune_block
+from qwench.methods.autoround import Homes, Options, Run, batches, tune_block
+from qwench.methods.gptq import gptq
 from qwench.methods.rtn import round_to_nearest, shared_outer
 from qwench.numerics import SCHEMES, Quantized, Scheme
 from tests.methods import toys
@@ -225,6 +226,76 @@ def test_experts_that_no_token_reaches_stay_at_the_nearest_and_are_named() -> No
     assert report.best_loss < report.start_loss
 
 
+def test_experts_in_one_parameter_are_tuned_where_they_lie() -> None:
+    """The same codes as with a parameter for each expert, and no second copy of the parameter."""
+    weights, inputs = toys.moe_weights(), correlated(rows=8) + 1
+    parts = [(part, j) for part in ("gate", "up", "down") for j in range(toys.EXPERTS) if (part, j) != ("up", 2)]
+    tuned = {f"expert.{part}.{j}": weights[f"expert.{part}"][j].clone() for part, j in parts}
+    targets = toys.moe(weights, inputs)
+    options = dataclasses.replace(QUICK, iterations=10)
+
+    def stacking(w: dict[str, Tensor], x: Tensor) -> Tensor:
+        every = {f"expert.{p}": weights[f"expert.{p}"].unbind() for p in ("gate", "up", "down")}
+        stacked = {
+            name: torch.stack([w.get(f"{name}.{j}", expert) for j, expert in enumerate(experts)])
+            for name, experts in every.items()
+        }
+        return toys.moe(weights | stacked, x)
+
+    apart, _ = tune_block(stacking, tuned, schemes_of(tuned, INT4), inputs, targets, options)
+    places = {f"expert.{part}.{j}": (f"expert.{part}", (j,)) for part, j in parts}
+    parameters = {f"expert.{part}": weights[f"expert.{part}"].clone() for part in ("gate", "up", "down")}
+    seen: set[int] = set()
+
+    def in_place(w: dict[str, Tensor], x: Tensor) -> Tensor:
+        seen.update(t.data_ptr() for t in w.values())
+        return toys.moe(weights | w, x)
+
+    together, report = tune_block(
+        in_place, tuned, schemes_of(tuned, INT4), inputs, targets, options, homes=Homes(parameters, places)
+    )
+    assert seen == {t.data_ptr() for t in parameters.values()}
+    assert report.best_iteration > 0
+    for name in tuned:
+        assert torch.equal(together[name].codes, apart[name].codes)
+    assert torch.equal(parameters["expert.up"][2], weights["expert.up"][2]), "what is not tuned stays"
+
+
+def test_rows_are_read_when_they_are_needed() -> None:
+    weights, inputs, targets = mlp_case()
+    most = 0
+
+    class Watched:
+        def __init__(self, rows: Tensor) -> None:
+            self.rows, self.shape = rows, tuple(rows.shape)
+
+        def pick(self, rows: Tensor, /) -> Tensor:
+            nonlocal most
+            most = max(most, len(rows))
+            return self.rows[rows].bfloat16()
+
+    options = dataclasses.replace(QUICK, iterations=3, batch=5, judge_every=3)
+    lazily, _ = tune_block(toys.mlp, weights, schemes_of(weights, INT4), Watched(inputs), Watched(targets), options)
+    held, _ = tune_block(toys.mlp, weights, schemes_of(weights, INT4), inputs.bfloat16(), targets.bfloat16(), options)
+    assert most == 5
+    for name in weights:
+        assert torch.equal(lazily[name].codes, held[name].codes)
+
+
+def test_tuning_goes_on_from_error_feedback() -> None:
+    weights, inputs, targets = mlp_case()
+    second = torch.einsum("btd,bte->de", inputs, inputs)
+    codes, _ = gptq([weights["mlp.gate"], weights["mlp.up"]], second, inputs[..., 0].numel(), INT4)
+    starts = dict(zip(("mlp.gate", "mlp.up"), codes, strict=True))
+    options = dataclasses.replace(QUICK, iterations=0)
+    got, report = tune_block(toys.mlp, weights, schemes_of(weights, INT4), inputs, targets, options, starts=starts)
+    for name, start in starts.items():
+        assert torch.equal(got[name].dequantize(), start.dequantize())
+    assert report.given
+    assert report.start_loss < loss_of(rounded(weights, INT4), inputs, targets)
+    assert "no step beats the start" in report.says
+
+
 def test_a_fused_set_keeps_its_outer_scale() -> None:
     weights, inputs, _ = mlp_case()
     weights["mlp.up"] = weights["mlp.up"] * 0.05
@@ -254,7 +325,7 @@ def test_bfloat16_rows() -> None:
         dtypes.update(t.dtype for t in (*w.values(), x))
         return toys.mlp(w, x)
 
-    _, report = tune_block(watching, short, schemes_of(weights, INT4), inputs.bfloat16(), targets.bfloat16(), QUICK)
+    _, report = tune_block(watching, short, schemes_of(weights, INT4), inputs, targets.bfloat16(), QUICK)
     assert dtypes == {torch.bfloat16}
     assert report.best_loss < 0.8 * report.start_loss
 

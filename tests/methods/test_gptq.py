@@ -364,3 +364,17 @@ def test_contradictions() -> None:
     assert "block" in (contradiction(GptqOptions(block=0), int4) or "")
     assert GptqOptions().order_for(replace(int4, search="mse")) == "grouped"
     assert GptqOptions().order_for(int4) == "static"
+
+
+@pytest.mark.parametrize("name", ["int4", "int4-asym", "nvfp4"])
+def test_a_search_of_its_own_is_that_of_the_scheme_and_leaves_the_scheme_as_it_was(name: str) -> None:
+    plain = short(name)
+    own = run(plain, GptqOptions(search="mse"))
+    asked = run(replace(plain, search="mse"), GptqOptions())
+    for one, other, weight in zip(own, asked, WEIGHTS, strict=True):
+        assert torch.equal(one.codes, other.codes)
+        assert torch.equal(one.scales.view(torch.uint8), other.scales.view(torch.uint8))
+        assert (one.scheme, other.scheme.search) == (plain, "mse")
+        assert loss(weight, one) < loss(weight, run(plain, GptqOptions(order="grouped"), [weight])[0])
+    ordered = run(plain, GptqOptions(search="mse", order="dynamic"))[0].scheme if plain.kind == "int" else None
+    assert ordered is None or ordered == replace(plain, ordered=True)

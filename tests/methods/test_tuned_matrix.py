@@ -1,17 +1,27 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import Tensor
 
 from qwench.methods import tuned_matrix
+from qwench.methods.straight_through import centred
 from qwench.methods.tuned_matrix import TunedMatrix, round_trip_of, tuning_complaint
-from qwench.numerics import SCHEMES, Scheme, decode, encode
+from qwench.numerics import SCHEMES, Quantized, Scheme, decode, encode
 from tests.methods import toys
 from tests.references import autoround as literal
 from tests.references.rounding import f32
 
 FULL, ASYMMETRIC = Scheme("int", 4, group=8, full_range=True), Scheme("int", 4, group=8, symmetric=False)
 ALL = [FULL, ASYMMETRIC, Scheme("int", 8, group=16), Scheme("int", 4), SCHEMES["nvfp4"]]
+
+
+def values_of(matrix: TunedMatrix) -> Tensor:
+    values = torch.empty(matrix.weight.shape)
+    matrix.values(values)
+    return values
 
 
 @pytest.mark.parametrize("scheme", [FULL, ASYMMETRIC], ids=lambda s: s.label)
@@ -55,6 +65,46 @@ def test_the_start_is_rounding_to_nearest(scheme: Scheme, dtype: torch.dtype) ->
     assert round_trip_of(weight, got).relative_rms == pytest.approx(want.error.relative_rms, rel=1e-5)  # type: ignore[union-attr]
 
 
+def elsewhere(weight: Tensor, scheme: Scheme) -> Quantized:
+    """Codes that are not the nearest ones, under scales that are not the plain ones, as error feedback chooses them."""
+    searched = replace(scheme, search="mse")
+    return replace(encode(weight + 0.5 * weight.std() * toys.random(*weight.shape, seed=50), searched), scheme=scheme)
+
+
+@pytest.mark.parametrize("scheme", ALL, ids=lambda s: s.label)
+def test_a_start_that_is_given_is_the_start(scheme: Scheme) -> None:
+    weight = toys.random(7, 48, seed=2)
+    start = elsewhere(weight, scheme)
+    got = TunedMatrix(weight, scheme, None, torch.bfloat16, start).quantized()
+    assert torch.equal(got.scales.float(), start.scales.float())
+    assert torch.equal(decode(got), decode(start)), "a zero may have another sign"
+    if start.zeros is not None:
+        assert torch.equal(got.zeros, start.zeros)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("scheme", ALL, ids=lambda s: s.label)
+def test_a_weight_stays_as_near_to_itself_as_its_code_allows(scheme: Scheme) -> None:
+    weight = toys.random(7, 48, seed=2)
+    near, far = encode(weight, scheme), elsewhere(weight, scheme)
+    moved = (centred(weight, near) != weight).float().mean()
+    assert moved < 0.1, "only those at the very edge of their cell"
+    centre = centred(weight, far)
+    assert 0.2 < (centre != weight).float().mean() < 1
+    between = (centre - weight).abs() <= (decode(far) - weight).abs() + 1e-6
+    assert between.all()
+
+
+def test_scales_of_a_given_start_can_grow() -> None:
+    weight = toys.random(5, 24, seed=1)
+    matrix = TunedMatrix(weight, FULL, None, torch.float32, elsewhere(weight, FULL))
+    plain = TunedMatrix(weight, FULL, None, torch.float32)
+    for seed in range(2, 6):
+        for one in (matrix, plain):
+            one.step(toys.random(5, 24, seed=seed), 0.1, 0.1)
+    assert matrix.tuning.high.max() > 1
+    assert plain.tuning.high.max() == 1
+
+
 @pytest.mark.parametrize("scheme", ALL, ids=lambda s: s.label)
 def test_values_are_those_of_the_codes_whatever_the_portions(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = toys.random(7, 48, seed=3).bfloat16()
@@ -63,9 +113,9 @@ def test_values_are_those_of_the_codes_whatever_the_portions(scheme: Scheme, mon
         monkeypatch.setattr(tuned_matrix, "ELEMENTS", elements)
         for seed in range(4, 8):
             matrix.step(toys.random(7, 48, seed=seed), 0.2, 0.2)
-        assert torch.equal(matrix.values(torch.float32), decode(matrix.quantized()))
-    assert torch.equal(whole.values(torch.float32), pieces.values(torch.float32))
-    assert not torch.equal(whole.values(torch.float32), decode(encode(weight, scheme)))
+        assert torch.equal(values_of(matrix), decode(matrix.quantized()))
+    assert torch.equal(values_of(whole), values_of(pieces))
+    assert not torch.equal(values_of(whole), decode(encode(weight, scheme)))
     for bound, name in ((0.5, "offset"), (1, "low"), (1, "high")):
         assert float(getattr(whole.tuning, name).abs().max()) <= bound, name
 

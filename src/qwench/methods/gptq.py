@@ -25,6 +25,7 @@ from qwench.methods.feedback import GREATEST_DAMPING, Order, feedback
 from qwench.methods.grids import Grid
 from qwench.methods.rtn import round_to_nearest, shared_outer
 from qwench.numerics import Quantized, Scheme
+from qwench.numerics.scheme import Search
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class GptqOptions:
             for `int` and `nvfp4` where scales are searched (groups that are done one by one can be searched by the output), else `static`.
         scales: `fixed`: from the original weights. `updated`: from what feedback has made of a group when its first column is rounded; not with
             the order `static`, which has many groups half done. None: `updated` where the order allows it.
-        judge: what a search of scales (`Scheme.search`) minimizes: the squared error of the `weights`, or of the `output`.
+        search: how scales are searched where the scheme asks for none; what is returned has the scheme that was asked for.
+        judge: what a search of scales minimizes: the squared error of the `weights`, or of the `output`.
         precision: dtype in which H is factored.
     """
 
@@ -50,6 +52,7 @@ class GptqOptions:
     block: int = 128
     order: Order | None = None
     scales: Literal["fixed", "updated"] | None = None
+    search: Search = "none"
     judge: Literal["weights", "output"] = "output"
     precision: torch.dtype = torch.float64
 
@@ -58,6 +61,10 @@ class GptqOptions:
         if self.order is not None and (self.order != "dynamic" or scheme.kind == "int"):
             return self.order
         return "grouped" if scheme.search != "none" and scheme.kind in ("int", "nvfp4") else "static"
+
+    def searched(self, scheme: Scheme) -> Scheme:
+        """The scheme with the search that is done for it."""
+        return replace(scheme, search=self.search) if scheme.search == "none" and scheme.kind != "fp8" else scheme
 
     def updates_scales(self, scheme: Scheme) -> bool:
         """Whether scales are decided group by group."""
@@ -130,6 +137,7 @@ def gptq(
         a scheme that is `ordered` (but where a row is one group, and in a fallback).
     """
     options = options or GptqOptions()
+    asked, scheme = scheme, options.searched(scheme)
     assert (wrong := contradiction(options, scheme)) is None, wrong
     assert all(weight.shape[1] == len(second) for weight in weights)
     outer = outer if outer is not None else shared_outer(weights, scheme)
@@ -139,12 +147,17 @@ def gptq(
         factored = feedback(second, order, grid.width(len(second)), options.damping, options.precision)
     if factored is None:
         report = GptqReport(tokens, 0.0, 0, None, None, 0, _reason(tokens, enough))
-        return [_best_rounding(weight, scheme, outer, scale_dtype) for weight in weights], report
+        return [replace(_best_rounding(weight, scheme, outer, scale_dtype), scheme=asked) for weight in weights], report
     updated, by_output = options.updates_scales(scheme), options.judge == "output"
     rounder = ColumnRounder(grid, factored, second, options.block, order == "dynamic", updated, by_output)
-    results = [rounder.matrix(weight, outer) for weight in weights]
+    results = [asking(rounder.matrix(weight, outer), asked) for weight in weights]
     loss, rounding_loss = rounder.losses.feedback / tokens, rounder.losses.rounding / tokens
     return results, GptqReport(tokens, factored.damping, factored.dead, loss, rounding_loss, rounder.losses.rows)
+
+
+def asking(quantized: Quantized, asked: Scheme) -> Quantized:
+    """A result under the search that was asked for; whether it is ordered is the result's own."""
+    return replace(quantized, scheme=replace(asked, ordered=quantized.scheme.ordered))
 
 
 def _reason(tokens: int, enough: int) -> str:

@@ -27,7 +27,7 @@ class Tuning:
 
     Attributes:
         offset: [out, in], added before rounding, in steps of the grid: within +-0.5.
-        low, high: [out, groups], factors on the lowest and the highest value of each group: within [0, 1]. NVFP4 uses `high` alone.
+        low, high: [out, groups], factors on the lowest and the highest value of each group: at least 0. NVFP4 uses `high` alone.
     """
 
     offset: Tensor
@@ -65,7 +65,8 @@ class Rounded:
         if scheme.kind == "nvfp4":
             magnitudes = torch.tensor(E2M1, device=self.codes.device)
             index = torch.searchsorted(magnitudes, self.codes.abs().contiguous()).to(torch.uint8)
-            codes = index | (torch.signbit(weight).to(torch.uint8) << 3)
+            negative = torch.where(index == 0, torch.signbit(weight), self.codes < 0)
+            codes = index | (negative.to(torch.uint8) << 3)
             return Quantized(scheme, codes.cpu(), self.scales.to(torch.float8_e4m3fn).cpu(), outer=outer)
         zeros = None if self.zeros is None else self.zeros.to(torch.int8).cpu()
         return Quantized(scheme, self.codes.to(torch.int8).cpu(), self.scales.to(scale_dtype).cpu(), zeros)
@@ -93,8 +94,34 @@ def untuned(weight: Tensor, scheme: Scheme) -> Tuning:
     return Tuning(torch.zeros(weight.shape, device=weight.device), ones, ones.clone())
 
 
+Ranges = tuple[Tensor, Tensor]
+"""The lowest and the highest value that each group's codes should span, both float32 [out, groups]."""
+
+
+def ranges_of(start: Quantized) -> Ranges:
+    """The ranges from which the scales of `start` come, and its zero points: what `round_tuned` fits to them is what they are."""
+    scheme, scales = start.scheme, start.scales.to(torch.float32)
+    half = 2 ** (scheme.bits - 1)
+    if scheme.kind == "nvfp4":
+        assert start.outer is not None
+        highest = scales / start.outer * E2M1[-1]
+        return -highest, highest
+    if start.zeros is not None:
+        zeros = start.zeros.to(torch.float32)
+        return (-half - zeros) * scales, (half - 1 - zeros) * scales
+    if scheme.full_range:  # the sign of the scale says on which side the extreme is
+        extreme = scales * -half
+        return extreme.clamp(max=0), extreme.clamp(min=0)
+    return scales * -(half - 0.5), scales * (half - 0.5)
+
+
 def round_tuned(
-    weight: Tensor, scheme: Scheme, tuning: Tuning, outer: Tensor | None = None, scale_dtype: torch.dtype = torch.bfloat16
+    weight: Tensor,
+    scheme: Scheme,
+    tuning: Tuning,
+    outer: Tensor | None = None,
+    scale_dtype: torch.dtype = torch.bfloat16,
+    ranges: Ranges | None = None,
 ) -> Rounded:
     """A matrix [out, in] on its grid, differentiable in `tuning`.
 
@@ -102,16 +129,18 @@ def round_tuned(
         scheme: one that `tunable_complaint` has nothing against.
         outer: float32 [1], `nvfp4` only, the divisor of the fused set; None: of this matrix alone.
         scale_dtype: what `int` scales are stored in.
+        ranges: what the factors of `tuning` multiply; None: what the groups span.
     """
     assert (wrong := tunable_complaint(scheme)) is None, wrong
     groups = weight.to(torch.float32).reshape(weight.shape[0], groups_of(weight, scheme), -1)
-    low, high = groups.amin(-1) * tuning.low, groups.amax(-1) * tuning.high
+    lowest, highest = ranges or (groups.amin(-1), groups.amax(-1))
+    low, high = lowest * tuning.low, highest * tuning.high
     offset = tuning.offset.view(groups.shape)
     if scheme.kind == "int":
         scales, zeros = _integer_fit(low, high, scheme, scale_dtype)
         return Rounded(_integer_codes(groups, offset, scales, zeros, scheme.bits).flatten(1), scales, zeros, None)
     outer = (outer_scale(groups.abs().amax().cpu()) if outer is None else outer).to(weight.device)
-    scales = _e4m3(groups.abs().amax(-1) * tuning.high / _number(6.0, groups) * outer)
+    scales = _e4m3(torch.maximum(highest, -lowest) * tuning.high / _number(6.0, groups) * outer)
     return Rounded(_e2m1(groups / (scales / outer).unsqueeze(-1), offset).flatten(1), scales, None, outer)
 
 
@@ -123,6 +152,43 @@ def nearest_values(
     if weight.device.type == "cpu" or tunable_complaint(scheme) is not None:
         return decode(encode(weight.cpu(), scheme, outer, scale_dtype)).to(weight.device)
     return round_tuned(weight, scheme, untuned(weight, scheme), outer, scale_dtype).values()
+
+
+EDGE = 0.01
+"""How far, in steps of the grid, a weight that is moved into the cell of its code stays from the cell's edge."""
+
+
+def centred(weight: Tensor, start: Quantized) -> Tensor:
+    """The values next to a weight [out, in] that round to the codes of `start` under its scales, float32: the weight itself where it does.
+
+    Codes that a method chose against the nearest one (error feedback) are a start for training like any other: seen from here they are the nearest. The
+    weight stays as near as it can, so that the way back is the shortest one.
+    """
+    scales = start.scales.to(torch.float32) if start.outer is None else start.scales.to(torch.float32) / start.outer
+    groups, codes = _by_group(weight.to(torch.float32), scales), _by_group(start.codes, scales)
+    scales = scales.unsqueeze(-1)
+    zeros = None if start.zeros is None else start.zeros.to(torch.float32).unsqueeze(-1)
+    quotient = groups / scales if zeros is None else groups / scales + zeros
+    low, high = _cells(codes, start.scheme)
+    inside = quotient.clamp(low, high)
+    moved = (inside if zeros is None else inside - zeros) * scales
+    return torch.where(inside == quotient, groups, moved).flatten(1)
+
+
+def _cells(codes: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """The quotients that round to each code, less a little at their edges; the outermost codes take all beyond them."""
+    if scheme.kind == "int":
+        half = 2 ** (scheme.bits - 1)
+        middle = codes.to(torch.float32)
+        low = torch.where(codes == -half, -torch.inf, middle - (0.5 - EDGE))
+        return low, torch.where(codes == half - 1, torch.inf, middle + (0.5 - EDGE))
+    levels = torch.tensor(E2M1, device=codes.device)
+    between = (levels[1:] + levels[:-1]) / 2
+    margin = EDGE * levels.diff()
+    low = torch.cat([-(between[:1] - margin[:1]), between + margin])
+    high = torch.cat([between - margin, torch.tensor([torch.inf], device=codes.device)])
+    index, negative = (codes & 7).long(), (codes & 8) > 0
+    return torch.where(negative, -high[index], low[index]), torch.where(negative, -low[index], high[index])
 
 
 class _StraightThrough(torch.autograd.Function):

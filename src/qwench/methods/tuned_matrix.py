@@ -6,11 +6,21 @@ Gradients and codes are worked out by portions of rows, so that the thirty or so
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from qwench.methods.straight_through import Rounded, Tuning, round_tuned, tunable_complaint, untuned
+from qwench.methods.straight_through import (
+    Ranges,
+    Rounded,
+    Tuning,
+    centred,
+    ranges_of,
+    round_tuned,
+    tunable_complaint,
+    untuned,
+)
 from qwench.numerics import Quantized, RoundTrip, Scheme, complaint, outer_scale
 
 ELEMENTS = 1 << 22
@@ -30,16 +40,33 @@ class TunedMatrix:
         scheme: one that `tuning_complaint` has nothing against.
         outer: float32 [1], `nvfp4` only, the divisor of the fused set; None: of this matrix alone.
         scale_dtype: what `int` scales are stored in.
+        start: codes and scales to start from, in this scheme (`search` aside), without an order of its own; None: rounding to nearest.
 
     Attributes:
-        tuning: offset and factors as they are now; rounding to nearest at first.
+        tuning: offset and factors as they are now; `start` at first.
     """
 
-    def __init__(self, weight: Tensor, scheme: Scheme, outer: Tensor | None, scale_dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        scheme: Scheme,
+        outer: Tensor | None,
+        scale_dtype: torch.dtype,
+        start: Quantized | None = None,
+    ) -> None:
         assert (wrong := tuning_complaint(scheme, tuple(weight.shape))) is None, wrong
+        assert start is None or start.group_of_column is None
         self.weight, self.scheme, self.dtype = weight, scheme, scale_dtype
-        self.outer = outer_scale(weight.abs().amax().cpu()) if scheme.kind == "nvfp4" and outer is None else outer
+        if scheme.kind == "nvfp4" and outer is None:
+            outer = outer_scale(weight.abs().amax().cpu()) if start is None else start.outer
+        self.outer, self.start = outer, start
         self.tuning = untuned(weight, scheme)
+        # Scales that were found by a search, or from what error feedback made of a group, may have to grow.
+        self.most = 1.0 if start is None else 2.0
+        self.ranges: Ranges | None = None
+        if start is not None:
+            low, high = ranges_of(start)
+            self.ranges = low.to(weight.device), high.to(weight.device)
 
     def parts(self) -> Iterator[slice]:
         """Rows in portions of about `ELEMENTS`."""
@@ -48,12 +75,10 @@ class TunedMatrix:
             yield slice(top, top + height)
 
     @torch.no_grad()
-    def values(self, dtype: torch.dtype) -> Tensor:
-        """What the codes stand for now, [out, in] in `dtype`: bit for bit that of `quantized`."""
-        result = torch.empty(self.weight.shape, dtype=dtype, device=self.weight.device)
+    def values(self, into: Tensor) -> None:
+        """Writes what the codes stand for now, [out, in]: bit for bit that of `quantized`."""
         for rows in self.parts():
-            result[rows] = self._round(rows, self._part(rows)).values()
-        return result
+            into[rows] = self._round(rows, self._part(rows)).values()
 
     @torch.no_grad()
     def quantized(self) -> Quantized:
@@ -82,7 +107,7 @@ class TunedMatrix:
                 (part.offset, part.low, part.high),
                 slopes,
                 (rate, range_rate, range_rate),
-                ((-0.5, 0.5), (0, 1), (0, 1)),
+                ((-0.5, 0.5), (0, self.most), (0, self.most)),
                 strict=True,
             ):
                 if slope is not None:  # NVFP4 has no use for `low`
@@ -92,7 +117,23 @@ class TunedMatrix:
         return Tuning(self.tuning.offset[rows], self.tuning.low[rows], self.tuning.high[rows])
 
     def _round(self, rows: slice, tuning: Tuning) -> Rounded:
-        return round_tuned(self.weight[rows], self.scheme, tuning, self.outer, self.dtype)
+        if self.start is None or self.ranges is None:
+            return round_tuned(self.weight[rows], self.scheme, tuning, self.outer, self.dtype)
+        weight = centred(self.weight[rows], rows_of(self.start, rows, self.weight.device))
+        ranges = self.ranges[0][rows], self.ranges[1][rows]
+        return round_tuned(weight, self.scheme, tuning, self.outer, self.dtype, ranges)
+
+
+def rows_of(quantized: Quantized, rows: slice, device: torch.device) -> Quantized:
+    """Some rows of a quantized matrix, on a device."""
+    zeros, outer = quantized.zeros, quantized.outer
+    return replace(
+        quantized,
+        codes=quantized.codes[rows].to(device),
+        scales=quantized.scales[rows].to(device),
+        zeros=None if zeros is None else zeros[rows].to(device),
+        outer=None if outer is None else outer.to(device),
+    )
 
 
 def round_trip_of(weight: Tensor, quantized: Quantized) -> RoundTrip:

@@ -17,11 +17,13 @@ class GptqSettings(Strict):
     order: activation order. `grouped`: whole groups by importance, then columns within them. `static`: columns by importance, groups stay where they are. `dynamic`
         (desc_act): groups follow the order, a g_idx is stored, and few engines read it. `none`. Left out: what is best for each scheme.
     damping: added to the second moment's diagonal, as a share of its mean.
+    search: how scales are chosen where a rule asks for no search of its own: `mse`: for each group the one of least output error, among smaller ones.
     least_tokens: a weight that fewer tokens reached is rounded with searched scales instead, and reported.
     """
 
     order: Literal["grouped", "static", "dynamic", "none"] | None = None
     damping: float = Field(0.03, gt=0, le=1)
+    search: Literal["mse", "none"] = "mse"
     least_tokens: int = Field(128, ge=1)
 
 
@@ -29,10 +31,12 @@ class AutoRoundSettings(Strict):
     """Attributes:
     iterations: steps of signed gradient descent for each layer.
     batch: rows in a step.
+    start: what is tuned: `rounding` to nearest, or the codes and scales of `gptq` (with its settings).
     """
 
     iterations: int = Field(200, ge=1)
     batch: int = Field(8, ge=1)
+    start: Literal["rounding", "gptq"] = "rounding"
 
 
 class ActivationSettings(Strict):

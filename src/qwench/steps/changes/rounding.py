@@ -77,7 +77,7 @@ class Rounding:
         order = self.settings.gptq.order
         if order == "dynamic" and not weights.scheme.ordered:
             order = None  # a scheme without a place for the order
-        options = GptqOptions(damping=self.settings.gptq.damping, order=order)
+        options = GptqOptions(damping=self.settings.gptq.damping, order=order, search=self.settings.gptq.search)
         rounded, report = gptq(
             values, moment.second, moment.count, weights.scheme, options, enough=self.settings.gptq.least_tokens
         )

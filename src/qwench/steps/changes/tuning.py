@@ -1,6 +1,7 @@
 """AutoRound in a walk: all weights of a layer are tuned together, against what the original layer makes of the original rows.
 
-The layer sees the rows as the quantized layers before it put them out, so that it learns to make up for their errors.
+The layer sees the rows as the quantized layers before it put them out, so that it learns to make up for their errors. Weights are tuned where the layer holds
+them, and rows are read a batch at a time: beside the layer itself, what is in memory is the tuning's own (see `methods.autoround`) and one batch's activations.
 """
 
 from __future__ import annotations
@@ -11,20 +12,35 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from qwench.methods.autoround import Options, tune_block
+from qwench.methods.autoround import Homes, Options, Report, tune_block
 from qwench.methods.rtn import shared_outer
 from qwench.models.map import Slot
-from qwench.models.weights import FUSED
-from qwench.numerics import Scheme
+from qwench.numerics import Quantized, Scheme
 from qwench.recipe import Correct, Quantize
-from qwench.steps.changes.rounding import corrected, input_of
+from qwench.steps.changes.rounding import Rounding, corrected, input_of
 from qwench.steps.jobs import WeightSet, weight_sets
+from qwench.stream.hidden import States
 from qwench.stream.live import LiveBlock
 from qwench.stream.mixture import moments_of
 from qwench.stream.walk import Rows
 
 ACTIVATIONS = 2 * 2**30
 """Bytes that may be held for the backward pass."""
+
+
+@dataclass(frozen=True)
+class Sound:
+    """The rows of a file that are to be tuned on."""
+
+    states: States
+    rows: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.rows), *self.states.shape[1:])
+
+    def pick(self, rows: Tensor, /) -> Tensor:
+        return self.states.pick(self.rows[rows])
 
 
 @dataclass
@@ -44,28 +60,46 @@ class Tuning:
     needs_original = True
 
     def __call__(self, live: LiveBlock, rows: Rows) -> None:
-        sets = list(weight_sets(live.block, dict(self.schemes)))
+        sets = list(weight_sets(live.block, self.schemes))
         slots = {slot.module: slot for found in sets for slot in found.slots}
         if not slots:
             return
-        assert rows.targets is not None
-        sound = rows.sound.nonzero().flatten()
-        options = Options(self.settings.autoround.iterations, self.settings.autoround.batch, activation_limit=ACTIVATIONS)
         originals = {module: live.weight(slot).clone() for module, slot in slots.items()}
-        found, report = tune_block(
-            lambda weights, inputs: live.run_with(with_weights(live, slots, weights), inputs),
-            originals,
-            {module: self.schemes[module] for module in slots},
-            rows.changed.pick(sound).to(live.dtype),
-            rows.targets.pick(sound).to(live.dtype),
-            options,
-            outers_of(sets, originals),
-        )
+        found, report = self._tuned(live, rows, slots, originals, outers_of(sets, originals))
         self.reports[f"{live.label} autoround"] = report.says
         for module, quantized in found.items():
             live.store(slots[module], quantized)
         if self.correct and live.block.component == "text":  # no engine adds one to an MTP head
             self._correct(live, rows, slots, originals)
+
+    def _tuned(
+        self,
+        live: LiveBlock,
+        rows: Rows,
+        slots: Mapping[str, Slot],
+        originals: Mapping[str, Tensor],
+        outers: Mapping[str, Tensor | None],
+    ) -> tuple[dict[str, Quantized], Report]:
+        assert rows.targets is not None
+        sound, settings = rows.sound.nonzero().flatten(), self.settings.autoround
+        starts = self._starts(live, rows, slots) if settings.start == "gptq" else None
+        with torch.enable_grad():
+            return tune_block(
+                lambda weights, inputs: live.run_with({**live.weights, **weights}, inputs),
+                originals,
+                {module: self.schemes[module] for module in slots},
+                Sound(rows.changed, sound),
+                Sound(rows.targets, sound),
+                Options(settings.iterations, settings.batch, activation_limit=ACTIVATIONS),
+                outers,
+                starts,
+                homes_of(live, slots),
+            )
+
+    def _starts(self, live: LiveBlock, rows: Rows, slots: Mapping[str, Slot]) -> dict[str, Quantized]:
+        """What GPTQ makes of the layer."""
+        Rounding(self.settings.model_copy(update={"method": "gptq"}), None, self.schemes, self.reports)(live, rows)
+        return {module: live.quantized[module] for module in slots}
 
     def _correct(self, live: LiveBlock, rows: Rows, slots: Mapping[str, Slot], originals: Mapping[str, Tensor]) -> None:
         assert self.correct is not None
@@ -88,18 +122,7 @@ def outers_of(sets: list[WeightSet], originals: Mapping[str, Tensor]) -> dict[st
     return outers
 
 
-def with_weights(live: LiveBlock, slots: Mapping[str, Slot], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A layer's parameters with other weights by module, so that gradients reach them; experts are stacked."""
-    used = dict(live.weights)
-    experts: dict[str, dict[tuple[int, int], Tensor]] = {}
-    for module, weight in weights.items():
-        slot = slots[module]
-        name, _ = live.parameter(slot)
-        if slot.expert is None:
-            used[name] = weight
-        else:
-            experts.setdefault(name, {})[slot.expert, FUSED[slot.role.rpartition(".")[2]][1]] = weight
-    for name, parts in experts.items():
-        count, halves = len(live.weights[name]), 1 + max(half for _, half in parts)
-        used[name] = torch.stack([torch.cat([parts[e, half] for half in range(halves)]) for e in range(count)])
-    return used
+def homes_of(live: LiveBlock, slots: Mapping[str, Slot]) -> Homes:
+    """Where the layer holds its weights: experts are parts of a parameter of all of them."""
+    places = {module: live.parameter(slot) for module, slot in slots.items()}
+    return Homes({name: live.weights[name] for name, _ in places.values()}, places)
