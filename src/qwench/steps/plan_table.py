@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console, Group
 
 from qwench import display
+from qwench.steps.gate_memory import gate_memory
 from qwench.steps.plan import Plan
 from qwench.steps.tally import precision_rows
 
@@ -25,6 +26,7 @@ def as_data(plan: Plan) -> dict[str, Any]:
         "bits_per_quantized_weight": plan.bits_per_weight,
         "bits_per_parameter": 8 * plan.nbytes / _parameters(plan),
         "working_memory": plan.working_memory,
+        "gate_memory": gate_memory(plan.recipe, plan.source, plan.map, plan.kept_tensors < len(plan.jobs)),
         "files": [{"name": f.name, "tensors": len(f.tensors), "bytes": f.nbytes} for f in plan.files],
         "roles": role_rows(plan),
         "precision": [row.model_dump() for row in precision_rows(plan)],
@@ -70,5 +72,9 @@ def show(plan: Plan, console: Console) -> None:
         f"{display.size(data['source_bytes'])} becomes {display.size(data['bytes'])}: {data['bytes'] / data['source_bytes']:.1%}, "
         f"{data['bits_per_parameter']:.2f} bits per parameter; memory expected above the interpreter's own: {display.size(data['working_memory'])}"
     )
+    if data["gate_memory"]:
+        console.print(
+            f"at the end the MTP head is measured on held-out rows: {display.size(data['gate_memory'])} (acceptance: off does without)"
+        )
     for note in plan.notes:
         console.print(f"note: {note}")
