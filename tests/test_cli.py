@@ -10,6 +10,7 @@ import pytest
 
 from qwench import cli
 from qwench.demo import checkpoint
+from tests.support.finetunes import write_finetune
 from tests.support.tiny import write_tiny
 
 
@@ -128,3 +129,25 @@ def test_every_command_shows_an_example(
     code, out, _ = call(monkeypatch, capsys, command, "--help")
     assert code == 0
     assert "Example" in out
+
+
+def test_a_graft_from_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("name: mine\nacceptance: {documents: 2, length: 32}\nsteps:\n  - graft: {}\n  - export: {layout: text}\n")
+    tuned = write_finetune(tmp_path / "tuned")
+    code, out, _ = call(monkeypatch, capsys, "inspect", str(tuned))
+    assert code == 0 and "lost: the MTP head is missing" in out
+    code, _, err = call(monkeypatch, capsys, "plan", str(recipe), "--model", str(tuned))
+    assert code == 2 and "recipe mine grafts mtp and names no donor" in err
+    code, out, _ = call(monkeypatch, capsys, "plan", str(recipe), "--model", str(tuned), "--donor", "demo:dense", "--json")
+    assert code == 0 and "MTP head grafted from" in json.loads(out)["notes"][0]
+    made = ("run", str(recipe), "--model", str(tuned), "--donor", "demo:dense", "--out", str(tmp_path / "out"))
+    code, out, _ = call(monkeypatch, capsys, *made)
+    assert code == 0
+    assert "grafted mtp from demo:dense: 15 tensors; drafts accepted at position 1" in out
+    assert "MTP drafts accepted at position 1: source" in out
+    code, out, _ = call(monkeypatch, capsys, "inspect", str(tmp_path / "out"), "--json")
+    found = json.loads(out)
+    assert (found["mtp"], found["vision"], found["layout"]) == ("present", "none", "text-only causal LM")
