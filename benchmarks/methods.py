@@ -62,7 +62,7 @@ SETS = {
     ),
 }
 """Roles and layers of each set; roles that a model lacks are left out."""
-FOLDS = ("norm.post", "norm.input", "mlp.up", "expert.up", "shared.up")
+FOLDS = ("norm.post", "norm.input", "attention.v", "mlp.up", "expert.up", "shared.up")
 DOCUMENTS, LENGTH = 33, 512
 
 
@@ -85,6 +85,7 @@ METHODS = {
     "awq + gptq": Method({"method": "gptq"}, smooth={"folds": FOLDS}),
     "gptq + eora 64": Method({"method": "gptq"}, rank=64),
     "autoround": Method({"method": "autoround"}),
+    "autoround from gptq": Method({"method": "autoround", "autoround": {"start": "gptq"}}),
 }
 
 
