@@ -119,7 +119,8 @@ def show_result(result: Result, folder: Path) -> None:
             (f.name, f.content, f"{f.bits_per_weight:.2f}" if f.bits_per_weight else None, size(f.bytes)) for f in result.files
         ]
         out.print(table("Release", ["file", "content", "bits per weight", "size"], files))
-    facts = [f"{folder}: {size(result.source.bytes)} became {size(result.bytes)}"]
+    became = size(result.bytes) if result.precision else f"{len(result.files)} files, {size(result.bytes)} in all"
+    facts = [f"{folder}: {size(result.source.bytes)} became {became}"]
     facts.append(f"{result.run.seconds:.1f} s, peak memory {size(result.run.peak_rss)}")
     facts += [line for line in (_graft_line(result), _gate_line(result)) if line]
     if result.errors:

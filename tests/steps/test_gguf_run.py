@@ -18,12 +18,14 @@ from safetensors.torch import load_file, save_file
 
 from qwench.demo import checkpoint
 from qwench.display import Report
-from qwench.errors import CheckpointError, OutputError
+from qwench.errors import CheckpointError, OutputError, VerificationError
 from qwench.formats.gguf_importance import read_importance
-from qwench.recipe import load_recipe, parse_recipe
+from qwench.formats.gguf_transforms import PlusOne
+from qwench.recipe import AcceptanceGate, load_recipe, parse_recipe
 from qwench.result import read_result
 from qwench.run import plan_for, run_recipe
 from qwench.steps.gguf_plan import GgufRelease
+from tests.support.finetunes import demo_tensors, write_finetune
 from tests.support.gguf_files import make_gguf, tensors_of
 from tests.support.oracle import write_runnable
 
@@ -36,9 +38,9 @@ OBSERVED = (
 
 
 def test_what_is_planned_is_what_appears(tmp_path: Path) -> None:
-    model = checkpoint("dense")
-    plan = plan_for(load_recipe("gguf"), str(model))
-    result = run_recipe(load_recipe("gguf"), str(model), tmp_path / "out", 1, QUIET)
+    recipe, model = load_recipe("gguf").model_copy(update={"acceptance": "off"}), checkpoint("dense")
+    plan = plan_for(recipe, str(model))
+    result = run_recipe(recipe, str(model), tmp_path / "out", 1, QUIET)
     assert isinstance(plan, GgufRelease)
     assert {f.name: f.nbytes for f in plan.files} == {p.name: p.stat().st_size for p in (tmp_path / "out").glob("*.gguf")}
     assert result == read_result(tmp_path / "out")
@@ -46,6 +48,44 @@ def test_what_is_planned_is_what_appears(tmp_path: Path) -> None:
     names = {p.name for p in (tmp_path / "out").iterdir()}
     assert {"README.md", "config.json", "tokenizer.json", "result.json"} <= names
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_lost_head_comes_back_from_a_donor_and_is_measured_in_every_file(tmp_path: Path) -> None:
+    """Release 2: the bundled recipe, on fewer rows."""
+    recipe = load_recipe("mtp-gguf").model_copy(update={"acceptance": AcceptanceGate(documents=2, length=32)})
+    assert recipe.gguf is not None and recipe.gguf.types == ("BF16", "Q8_0", "Q6_K", "Q4_K_M") and recipe.gguf.mmproj == "BF16"
+    model = write_finetune(tmp_path / "tuned")
+    result = run_recipe(recipe, str(model), tmp_path / "out", 1, QUIET, donor="demo:dense")
+    models = [f for f in result.files if f.content == "model"]
+    assert len(models) == 4 and all(any(row.component == "mtp" for row in f.precision) for f in models)
+    for file in models:
+        assert file.acceptance is not None and file.acceptance.release is not None and file.acceptance.source is not None
+        assert file.acceptance.release.by_position[0].mean > 0.4
+    assert models[0].acceptance is not None and models[0].acceptance.source == models[0].acceptance.release, (
+        "BF16 loses nothing"
+    )
+    assert result.graft is not None and result.graft.tensors == 15
+    head = tensors_of(tmp_path / "out" / "tuned-BF16.gguf")["blk.8.nextn.eh_proj.weight"][1]
+    (donated,) = [t for n, t in demo_tensors().items() if n == "mtp.fc.weight"]
+    assert torch.equal(head, donated.float())
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "The MTP head (15 tensors) of `demo:dense`" in text and "| `tuned-Q4_K_M.gguf` |" in text
+
+
+def test_a_dead_head_stops_the_run_and_can_be_let_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms without their offset, the classic of converters: every file looks whole, and no draft is accepted."""
+    recipe = parse_recipe(
+        "name: t\nacceptance: {documents: 2, length: 32}\nsteps:\n- export: {format: gguf, types: [Q8_0], mmproj: none}\n", "t"
+    )
+    model = str(checkpoint("dense"))
+    monkeypatch.setattr(PlusOne, "apply", lambda self, weight: weight)
+    with pytest.raises(VerificationError, match=r"dense-Q8_0\.gguf: at draft position 1 the release accepts 0"):
+        run_recipe(recipe, model, tmp_path / "out", 1, QUIET)
+    assert not (tmp_path / "out").exists()
+    result = run_recipe(recipe, model, tmp_path / "out", 1, QUIET, accept_any=True)
+    assert result.run.resumed_tensors == 1, "the file was whole, only its head was not worth much"
+    assert result.files[0].acceptance is not None and result.files[0].acceptance.overridden
+    assert "below that, and finished all the same" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_files_are_those_of_the_writer(tmp_path: Path) -> None:

@@ -9,12 +9,11 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from qwench.errors import CheckpointError, OutputError
 from qwench.models.facts import component_of
@@ -64,9 +63,16 @@ def card_text(result: Result, config: dict[str, Any], title: str, plots: dict[st
         title: the name of the release.
         plots: pictures that exist in `card/`: file name -> caption.
     """
-    template = (resources.files("qwench") / "steps" / "templates" / "card.md.j2").read_text(encoding="utf-8")
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    return environment.from_string(template).render(card_values(result, config, title) | {"plots": plots})
+    return rendered("card.md.j2", card_values(result, config, title) | {"plots": plots})
+
+
+def rendered(template: str, values: dict[str, Any]) -> str:
+    """One of the files in `templates`, filled in; a name that has no value is an error."""
+    environment = Environment(
+        loader=PackageLoader("qwench.steps", "templates"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )  # fmt: skip
+    return environment.get_template(template).render(values)
 
 
 def card_values(result: Result, config: dict[str, Any], title: str) -> dict[str, Any]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from typing import Any
 
 import yaml
-from jinja2 import Environment, StrictUndefined
 
 from qwench.result import Acceptance, Evaluation, FileFact, Result, Verification
-from qwench.steps.card import HUB_ID, NOT_MEASURED, base_name, duration, with_error
+from qwench.steps.card import HUB_ID, NOT_MEASURED, base_name, duration, rendered, with_error
+from qwench.steps.card_heads import graft_values
 from qwench.steps.card_plots import size_text
 
 GIB = 2**30
@@ -28,9 +27,7 @@ def card_text(result: Result, title: str) -> str:
         result: the record of the release.
         title: the name of the release.
     """
-    template = (resources.files("qwench") / "steps" / "templates" / "card_gguf.md.j2").read_text(encoding="utf-8")
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    return environment.from_string(template).render(card_values(result, title))
+    return rendered("card_gguf.md.j2", card_values(result, title))
 
 
 def card_values(result: Result, title: str) -> dict[str, Any]:
@@ -52,6 +49,8 @@ def card_values(result: Result, title: str) -> dict[str, Any]:
         "evaluation": _text(measured) if measured else None,
         "has_mtp": has_mtp(result),
         "acceptance": acceptance_table(result),
+        "gates": gate_rows(result),
+        "graft": graft_values(result.graft),
         "importance": result.calibration,
         "verified": [verification_row(v) for v in result.verifications if v.engine == ENGINE],
         "commands": commands(result),
@@ -123,6 +122,18 @@ def acceptance_table(result: Result) -> list[dict[str, str]]:
             rows.append(_positions("the source", file.evaluation.acceptance_source))
         rows.append(_positions(f"`{file.name}`", file.evaluation.acceptance_release))
     return rows
+
+
+def gate_rows(result: Result) -> list[dict[str, Any]]:
+    """What the run itself measured of each file's head before it finished."""
+    checks = [(file.name, file.acceptance) for file in result.files if file.acceptance and file.acceptance.release]
+    return [
+        {
+            "name": name, "source": first_acceptance(check.source), "here": first_acceptance(check.release),
+            "floor": f"{check.floor:.0%}", "overridden": check.overridden, "rows": f"{check.documents} rows of {check.length} tokens",
+        }
+        for name, check in checks
+    ]  # fmt: skip
 
 
 def _positions(name: str, side: Acceptance) -> dict[str, str]:
