@@ -16,7 +16,8 @@ from qwench.checkpoint.reader import Checkpoint
 from qwench.errors import CheckpointError, PlanError
 from qwench.models import map_of, sketch
 from qwench.models.components import component_names
-from qwench.recipe import Graft
+from qwench.recipe import Graft, parse_recipe
+from qwench.run import plan_for
 from qwench.steps.graft import grafted, open_donor
 from tests.checkpoint.test_hub import COMMIT, Hub
 from tests.support.files import INDEX, same_bits
@@ -207,6 +208,22 @@ def test_only_the_shards_that_hold_the_head_are_fetched(hub: Hub, tmp_path: Path
     view = grafted(headless(tmp_path / "trunk"), donor, MTP)
     whole = Checkpoint.open(hub.published)
     assert all(same_bits(view.read(n), whole.read(n)) for n in component_names(whole.tensors, "mtp"))
+
+
+def test_a_plan_fetches_no_shard_at_all(hub: Hub, tmp_path: Path) -> None:
+    recipe = parse_recipe("name: t\nsteps:\n  - graft: {donor: Qwen/Qwen3.5-9B}\n  - export: {}\n", "t")
+    plan = plan_for(recipe, str(headless(tmp_path / "trunk").folder))
+    assert {t.name for f in plan.files for t in f.tensors} == Checkpoint.open(hub.published).tensors.keys()  # type: ignore[union-attr]
+    assert not [name for _, names in hub.fetched for name in names if name.endswith(".safetensors")]
+
+
+def test_a_hub_donor_without_a_head_is_refused_before_a_shard_is_fetched(hub: Hub) -> None:
+    index = json.loads((hub.published / INDEX).read_text())
+    index["weight_map"] = {name: file for name, file in index["weight_map"].items() if not name.startswith("mtp.")}
+    (hub.published / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"the donor Qwen/Qwen3\.5-9B has no MTP head: .* names none of its tensors"):
+        open_donor("Qwen/Qwen3.5-9B", ["mtp"])
+    assert not [name for _, names in hub.fetched for name in names if name.endswith(".safetensors")]
 
 
 def test_of_a_folder_with_other_shards_missing_the_head_is_taken(hub: Hub, tmp_path: Path) -> None:

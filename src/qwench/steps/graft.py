@@ -11,9 +11,10 @@ Whether the head still fits is not to be known from any of it: acceptance is mea
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from qwench.checkpoint.folder import Wanted
+from qwench.checkpoint.folder import INDEX_NAME, Wanted, read_index
 from qwench.checkpoint.hub import Located, locate
 from qwench.checkpoint.reader import Checkpoint
 from qwench.checkpoint.source import StoredSource
@@ -23,6 +24,8 @@ from qwench.models.components import NAMES, SETTINGS, component_complaints, comp
 from qwench.models.geometry import Complaint, text_config
 from qwench.models.layout import MTP_LAYERS, OF_IMAGES, PREFIXES, config_with_mtp, is_text_only
 from qwench.recipe import Graft
+
+NO_COMPONENT = "name a donor that has it; fine-tunes often lost it, their base has it"
 
 
 def wanted(components: Sequence[str]) -> Wanted:
@@ -37,11 +40,22 @@ def open_donor(donor: str, components: Sequence[str]) -> tuple[Located, Checkpoi
     Raises:
         CheckpointError: there is no such checkpoint, or it cannot be read.
     """
+    _check_index(donor, locate(donor, weights=False).path / INDEX_NAME, components)
     located = locate(donor, wanted=wanted(components))
     try:
         return located, Checkpoint.open(located.path)
     except CheckpointError:  # a part of it, perhaps: then what is asked for must be whole
         return located, Checkpoint.open(located.path, wanted(components))
+
+
+def _check_index(donor: str, index: Path, components: Sequence[str]) -> None:
+    """Raise CheckpointError, before a shard is fetched, where the donor's index shows that it lacks a component."""
+    names = read_index(index) if index.is_file() else {}
+    lacking = [NAMES[component] for component in components if names and not component_names(names, component)]
+    if lacking:
+        raise CheckpointError(
+            f"the donor {donor} has no {' and no '.join(lacking)}: {index} names none of its tensors", NO_COMPONENT
+        )
 
 
 def grafted(trunk: StoredSource, donor: StoredSource, settings: Graft) -> View:
@@ -65,7 +79,7 @@ def _complaints(component: str, trunk: StoredSource, donor: StoredSource, replac
     if not component_names(donor.tensors, component):
         yield (
             f"the donor {donor.folder} has no {what}: none of its {len(donor.tensors)} tensors begins with {PREFIXES[component]}",
-            "name a donor that has it; fine-tunes often lost it, their base has it",
+            NO_COMPONENT,
         )
         return
     differing = list(_shape_complaints(component, trunk, donor))
