@@ -216,6 +216,10 @@ def verify(
             "--against", metavar="MODEL", help="The source of a GGUF release: its BF16 file is held against transformers."
         ),
     ] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option("--adapter", metavar="DIR", help="Corrections (EoRA) to add on both sides: gptqmodel and vllm take them."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Load a release in a real engine, and hold the engine's numbers against our own reading of the file.
@@ -226,10 +230,12 @@ def verify(
     from qwench.steps.gguf_verify import is_gguf, refuse_gguf_questions
 
     if is_gguf(release):
+        if adapter is not None:
+            raise VerificationError(f"--adapter {adapter} cannot be added to a GGUF release", "leave --adapter out")
         every = verify_gguf_release(release, engine or "llama.cpp", file, against)
     else:
         refuse_gguf_questions(release, engine, file, against)
-        every = [verify_release(release, engine or "transformers")]
+        every = [verify_release(release, engine or "transformers", adapter)]
     if as_json:
         data = [found.model_dump(mode="json") for found in every]
         _print_json(data if is_gguf(release) else data[0])

@@ -107,6 +107,52 @@ class CalibrationFacts(Record):
     reports: dict[str, str] = Field(default_factory=dict)
 
 
+class PrunedLayer(Record):
+    """Experts of one layer, ranked on the calibration rows.
+
+    Attributes:
+        component: `text`, or `mtp`, whose layers count from 0 again.
+        kept: numbers in the source of those that stayed; they are numbered 0, 1, 2 ... in the release.
+        tokens: how many were sent to each expert.
+        saliency: REAP's, of each expert: mean over its tokens of router weight times norm of its output; 0 where there was no token. Whatever the recipe ranked by.
+        saliency_kept: share of the sum of saliencies that stayed.
+        contribution_kept: share of the sum over all tokens of router weight times norm that stayed.
+        not_finite: outputs of experts that were not counted because they were NaN or infinite.
+    """
+
+    component: str
+    layer: int
+    kept: list[int]
+    tokens: list[int]
+    saliency: list[float]
+    saliency_kept: float
+    contribution_kept: float
+    not_finite: int = 0
+
+    @property
+    def label(self) -> str:
+        return f"{'mtp ' if self.component == 'mtp' else ''}layer {self.layer}"
+
+
+class PruningFacts(Record):
+    """Which experts a release does without.
+
+    Attributes:
+        criterion: that they were ranked by.
+        before, after: experts in each layer.
+        top_k: experts that a token is sent to, before and after.
+        layers: the MTP head's behind the trunk's.
+        warnings: experts that fewer tokens reached than the recipe asks for, by layer.
+    """
+
+    criterion: str
+    before: int
+    after: int
+    top_k: int
+    layers: list[PrunedLayer]
+    warnings: list[str] = Field(default_factory=list)
+
+
 class Estimate(Record):
     """A mean over documents with its standard error."""
 
@@ -279,12 +325,14 @@ class Verification(Record):
         consumed, unconsumed: tensors of the files that the engine used, and the names of those it did not.
         mean_kl, max_abs_logprob: our reading of the file against the engine's, on `positions` positions.
         file: the file, where a release has several networks (GGUF).
+        adapter: the folder of corrections (EoRA) that were added on both sides; None for the release alone.
         original_kl: transformers on the source against this engine on the file, where someone gave the source and the file is unquantized; agreement
             needs it to be at most `original_tolerance_kl`.
     """
 
     engine: str
     file: str | None = None
+    adapter: str | None = None
     version: str
     outcome: str
     consumed: int
@@ -312,6 +360,7 @@ class Result(Record):
     run: RunFacts
     calibration: CalibrationFacts | None = None
     graft: GraftFacts | None = None
+    pruning: PruningFacts | None = None
     acceptance: AcceptanceCheck | None = None
     evaluation: Evaluation | None = None
     verifications: list[Verification] = Field(default_factory=list)

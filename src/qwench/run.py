@@ -30,7 +30,7 @@ from qwench.steps.jobs import Job
 from qwench.steps.material import Material, material_for_plan, open_material
 from qwench.steps.plan import Plan, make_plan
 from qwench.steps.quantize import do_jobs, errors_of
-from qwench.steps.record import calibration_facts, first_record
+from qwench.steps.record import calibration_facts, first_record, pruning_facts
 from qwench.stream.rows import Rows
 
 WALK_COPIES = 4
@@ -79,7 +79,7 @@ def run_recipe(
         return make_release(files, watch_head(material, changed=True, accept_any=accept_any), out, observed, report, started)
     plan = make_plan(recipe, source, map_of(source))
     rows = rows_for(recipe, located.path) if recipe.calibrated else None
-    watch = watch_head(material, changed=plan.kept_tensors < len(plan.jobs), accept_any=accept_any)
+    watch = watch_head(material, changed=plan.changed, accept_any=accept_any)
     fingerprint = plan.fingerprint + source.stamp() + (rows.ids_sha256 if rows else "")
     with CheckpointWriter(out, plan.files, fingerprint, _other_bytes(plan, material, rows)) as writer:
         for note in (*source.notes, *writer.notes, *watch.notes):
@@ -87,6 +87,9 @@ def run_recipe(
         resumed = len(writer.done)
         grafted = watch.graft(writer, _layers(plan, report))
         calibration = _do(plan, source, writer, rows, report)
+        pruning = pruning_facts(plan, writer.remarks)
+        for warning in pruning.warnings if pruning else ():
+            report.note(warning)
         acceptance = watch.release(writer, unfinished_release(writer, plan.config), tell=_layers(plan, report))
         facts = RunFacts(
             seconds=time.monotonic() - started,
@@ -95,7 +98,7 @@ def run_recipe(
             resumed_tensors=resumed,
         )
         result = first_record(plan, material, errors_of(writer), facts, calibration)
-        result.graft, result.acceptance = grafted, acceptance
+        result.graft, result.pruning, result.acceptance = grafted, pruning, acceptance
         writer.commit(_sidecars(plan, material, result))
     return result
 
@@ -148,14 +151,18 @@ def _sidecars(plan: Plan, material: Material, result: Result) -> dict[str, bytes
     return {**material.sidecars, **plan.sidecars, "config.json": config.encode(), FILE_NAME: record.encode()}
 
 
-def verify_release(release: Path, engine: str) -> Verification:
-    """Load a release in an engine and add what came of it to the record."""
+def verify_release(release: Path, engine: str, adapter: Path | None = None) -> Verification:
+    """Load a release in an engine, alone or with an adapter of corrections, and add what came of it to the record.
+
+    What was found with an adapter stands before what was found without, so that readers who want one line per engine take the release alone.
+    """
     from qwench.steps.verify import verify
 
-    found = verify(release, engine)
+    found = verify(release, engine, adapter=adapter)
     if (release / FILE_NAME).is_file():
         result = read_result(release)
-        result.verifications = [v for v in result.verifications if v.engine != engine] + [found]
+        others = [v for v in result.verifications if (v.engine, v.adapter) != (found.engine, found.adapter)]
+        result.verifications = sorted([*others, found], key=lambda v: v.adapter is None)
         write_result(release, result)
     return found
 

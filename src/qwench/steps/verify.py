@@ -111,7 +111,8 @@ def verify(
     wrong = wrong_reader(engine, checkpoint, answer.uninitialized)
     comparable = answer.logprobs and not answer.refused and not wrong
     compared = compare(Trunk(source, network), request.rows, answer) if comparable else None
-    return judge(engine, request, network, checkpoint, answer, compared, wrong)
+    found = judge(engine, request, network, checkpoint, answer, compared, wrong)
+    return found.model_copy(update={"adapter": str(adapter)}) if adapter else found
 
 
 def _corrected(source: TensorSource, adapter: Path | None) -> TensorSource:
