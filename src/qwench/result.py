@@ -325,7 +325,7 @@ class Verification(Record):
         consumed, unconsumed: tensors of the files that the engine used, and the names of those it did not.
         mean_kl, max_abs_logprob: our reading of the file against the engine's, on `positions` positions.
         file: the file, where a release has several networks (GGUF).
-        adapter: the folder of corrections (EoRA) that were added on both sides; None for the release alone.
+        adapter: the name of the folder of corrections (EoRA) that were added on both sides; None for the release alone.
         original_kl: transformers on the source against this engine on the file, where someone gave the source and the file is unquantized; agreement
             needs it to be at most `original_tolerance_kl`.
     """
