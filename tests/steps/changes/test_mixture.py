@@ -42,7 +42,9 @@ def layouts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     for name in [n for n in tensors if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
         stem, whole = name.rpartition(".")[0], tensors.pop(name)
         for e, expert in enumerate(whole):
-            parts = zip(("gate_proj", "up_proj"), expert.chunk(2), strict=True) if "gate_up" in name else [("down_proj", expert)]
+            parts = (
+                zip(("gate_proj", "up_proj"), expert.chunk(2), strict=True) if "gate_up" in name else [("down_proj", expert)]
+            )
             tensors |= {f"{stem}.{e}.{part}.weight": weight.clone() for part, weight in parts}
     save_file(tensors, single / "model.safetensors", metadata={"format": "pt"})
     return fused, single
@@ -58,7 +60,7 @@ def test_both_layouts_give_the_same_release(layouts: tuple[Path, Path], tmp_path
     assert slots[0].keys() == slots[1].keys()
     original, changed = open_source(layouts[0]), 0
     originals = {(s.role, s.expert): s for s in map_of(original).blocks[1].slots}
-    for key, slot in slots[0].items():
+    for key in slots[0]:
         one, other = (read_slot(r, s[key], torch.float32) for r, s in zip(releases, slots, strict=True))
         assert torch.equal(one, other), key
         changed += not torch.equal(one, read_slot(original, originals[key], torch.float32))

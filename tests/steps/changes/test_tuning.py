@@ -108,3 +108,20 @@ def test_rows_are_read_a_batch_at_a_time(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(type(rows.changed), "pick", pick)
     Tuning(settings(iterations=2), None, schemes)(live, rows)
     assert most == 3
+
+
+def test_experts_that_no_token_reaches_are_named(tmp_path: Path) -> None:
+    live, rows, schemes = case(tmp_path, True)
+    experts = {slot.module for slot in live.block.slots if slot.expert is not None}
+    # Along one direction: tokens on one side of it go to the first two, those on the other side to the last two.
+    live.weights["mlp.gate.weight"].copy_(torch.tensor([3, 2, 0.1, -0.1, -2, -3])[:, None].expand(-1, 128))
+    change = Tuning(settings(iterations=2), None, {module: s for module, s in schemes.items() if module in experts})
+    change(live, rows)
+    said = change.reports["layer 1 autoround, not reached by any token"]
+    left = [f"mlp.experts.{e}.{part}_proj" for e in (2, 3) for part in ("down", "gate", "up")]
+    assert said == f"they stay as they started: {', '.join(left)}"
+    other = case(tmp_path / "other", True)[0]
+    Rounding(Quantize(rules=(Rule(roles=("*",), scheme="int4"),)), None, schemes)(other, rows)
+    for slot in live.block.slots:
+        if slot.expert in (2, 3):
+            assert torch.equal(live.weight(slot), other.weight(slot))

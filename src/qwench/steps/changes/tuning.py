@@ -67,6 +67,9 @@ class Tuning:
         originals = {module: live.weight(slot).clone() for module, slot in slots.items()}
         found, report = self._tuned(live, rows, slots, originals, outers_of(sets, originals))
         self.reports[f"{live.label} autoround"] = report.says
+        if report.unreached:
+            named = ", ".join(module.removeprefix(live.stem) for module in report.unreached)
+            self.reports[f"{live.label} autoround, not reached by any token"] = f"they stay as they started: {named}"
         for module, quantized in found.items():
             live.store(slots[module], quantized)
         if self.correct and live.block.component == "text":  # no engine adds one to an MTP head
