@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from qwench.checkpoint.parts import part_runs, part_shape
+from qwench.checkpoint.parts import joined, part_runs, part_shape
 from qwench.checkpoint.source import Part
 from tests.support.files import bits
 
@@ -54,3 +54,12 @@ def test_parts_that_do_not_fit(part: Part) -> None:
 def test_steps_are_refused() -> None:
     with pytest.raises(ValueError, match="steps of 1"):
         part_shape((4, 6, 10), (slice(0, 4, 2),))
+
+
+@pytest.mark.parametrize(
+    "outer", [(), (2,), (slice(1, 4),), (2, slice(1, 5)), (slice(2, 4), slice(0, 6)), (slice(1, 5), 3)], ids=str
+)
+@pytest.mark.parametrize("inner", [(), (1,), (slice(0, 2),), (0, slice(1, 3)), (slice(None), 2), (-1,)], ids=str)
+def test_a_part_of_a_part_is_a_part(outer: Part, inner: Part) -> None:
+    numbers = torch.arange(5 * 7 * 11).view(5, 7, 11)
+    assert torch.equal(numbers[joined((5, 7, 11), outer, inner)], numbers[outer][inner])

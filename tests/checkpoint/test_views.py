@@ -82,3 +82,13 @@ def test_views_stand_on_views(view: View) -> None:
     twice = View(view.folder, {}, {"other": Place(view, "mtp.norm.weight")})
     assert same_bits(twice.read("other"), HEAD["mtp.norm.weight"])
     assert twice.tensors["other"].file == view.tensors["mtp.norm.weight"].file
+
+
+def test_a_part_of_a_tensor_is_a_tensor_of_the_view(donor: Checkpoint) -> None:
+    name, weight = "mtp.fc.weight", HEAD["mtp.fc.weight"]
+    view = View(donor.folder, {}, {"row": Place(donor, name, (2,)), "block": Place(donor, name, (slice(1, 3),))})
+    assert (view.tensors["row"].shape, view.tensors["block"].shape) == ((5,), (2, 5))
+    assert same_bits(view.read("row"), weight[2])
+    assert same_bits(view.read("block", (1, slice(2, 4))), weight[1:3][1, 2:4])
+    assert b"".join(map(bytes, view.chunks("block"))) == bits(weight[1:3])
+    assert view.stamp() != View(donor.folder, {}, {"row": Place(donor, name, (1,)), "block": Place(donor, name)}).stamp()

@@ -40,6 +40,23 @@ def part_runs(shape: tuple[int, ...], part: Part, width: int) -> Iterator[tuple[
         yield first + sum(i * stride for i, stride in zip(index, strides, strict=True)), length
 
 
+def joined(shape: tuple[int, ...], outer: Part, inner: Part) -> Part:
+    """The part of a tensor of this shape that is `tensor[outer][inner]`. Errors as in `part_shape`."""
+    left, result = list(inner), list[int | slice]()
+    for axis, kept in enumerate(outer):
+        if not isinstance(kept, slice) or not left:
+            result.append(kept)
+            continue
+        here = range(*kept.indices(shape[axis]))
+        index = left.pop(0)
+        if isinstance(index, slice):
+            chosen = here[index]
+            result.append(slice(chosen.start, chosen.stop, chosen.step))
+        else:
+            result.append(here[index])
+    return (*result, *left)
+
+
 def _ranges(shape: tuple[int, ...], part: Part) -> list[range]:
     """The indices that the part keeps of every dimension, with Python's meaning of negative and open ends."""
     if len(part) > len(shape):

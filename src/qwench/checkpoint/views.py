@@ -16,16 +16,22 @@ from typing import Any
 
 from torch import Tensor
 
+from qwench.checkpoint.parts import joined, part_shape
 from qwench.checkpoint.source import Part, StoredSource, TensorEntry
 from qwench.errors import CheckpointError
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor of a view is: in which source, and what it is called there."""
+    """Where a tensor of a view is: in which source, what it is called there, and which part of that tensor it is."""
 
     source: StoredSource
     name: str
+    part: Part = ()
+
+    def within(self, part: Part) -> Part:
+        """A part of this tensor as a part of the stored one."""
+        return joined(self.source.tensors[self.name].shape, self.part, part)
 
 
 class View:
@@ -52,16 +58,16 @@ class View:
     def read(self, name: str, part: Part = ()) -> Tensor:
         """As `TensorSource.read`."""
         place = self._place(name)
-        return place.source.read(place.name, part)
+        return place.source.read(place.name, place.within(part))
 
     def chunks(self, name: str, part: Part = ()) -> Iterator[memoryview]:
         """As `StoredSource.chunks`."""
         place = self._place(name)
-        return place.source.chunks(place.name, part)
+        return place.source.chunks(place.name, place.within(part))
 
     def stamp(self) -> str:
         """A digest of the sources' stamps, the config, and which tensor comes from where."""
-        table = [(name, self.sources.index(place.source), place.name) for name, place in self.places.items()]
+        table = [(name, self.sources.index(place.source), place.name, place.part) for name, place in self.places.items()]
         stamps = [source.stamp() for source in self.sources]
         return hashlib.sha256(repr((stamps, self.config, table)).encode()).hexdigest()
 
@@ -73,7 +79,10 @@ class View:
     def _entry(self, name: str, place: Place) -> TensorEntry:
         entry = place.source.tensors[place.name]
         elsewhere = bool(entry.file) and place.source.folder != self.folder
-        return replace(entry, name=name, file=str(place.source.folder.resolve() / entry.file) if elsewhere else entry.file)
+        shape = part_shape(entry.shape, place.part)
+        return replace(
+            entry, name=name, shape=shape, file=str(place.source.folder.resolve() / entry.file) if elsewhere else entry.file
+        )
 
 
 def of(source: StoredSource, names: Iterable[str] | None = None) -> dict[str, Place]:

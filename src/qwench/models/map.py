@@ -101,6 +101,11 @@ class Block:
     fused: dict[str, tuple[Slot, ...]] = field(default_factory=dict)
     folds: tuple[Fold, ...] = ()
 
+    @property
+    def label(self) -> str:
+        """The layer for a person: `layer 3`, `mtp layer 0`."""
+        return f"{'mtp ' if self.component == 'mtp' else ''}layer {self.index}"
+
     def slot(self, role: str, expert: int | None = None) -> Slot:
         """The slot of a role in this block. Raises KeyError where the block has none."""
         for slot in self.slots:

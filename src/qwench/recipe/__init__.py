@@ -16,6 +16,7 @@ Targets are roles (see `qwench.models.map`), never patterns over tensor names.
 from qwench.recipe.gguf import ExportGguf, TypeOverride
 from qwench.recipe.graft import AcceptanceGate, Graft
 from qwench.recipe.load import bundled, load_recipe, parse_recipe
+from qwench.recipe.prune import Prune
 from qwench.recipe.recipe import Recipe, recipe_data
 from qwench.recipe.rules import Rule, SchemeSpec, layer_range, suggestion
 from qwench.recipe.steps import (
@@ -41,6 +42,7 @@ __all__ = [
     "ExportGguf",
     "GptqSettings",
     "Graft",
+    "Prune",
     "Quantize",
     "Recipe",
     "Rule",

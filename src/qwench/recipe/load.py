@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from qwench.errors import RecipeError
-from qwench.recipe import gguf, graft, rules, steps
+from qwench.recipe import gguf, graft, prune, rules, steps
 from qwench.recipe.gguf import GGUF_TAG, TENSORS_TAG
 from qwench.recipe.recipe import Recipe
 from qwench.recipe.rules import Strict, suggestion
@@ -77,6 +77,6 @@ def _explain(error: ValidationError) -> list[str]:
 def _all_keys() -> list[str]:
     """Every key that some part of a recipe knows."""
     parts: list[type[BaseModel]] = [Recipe]
-    for room in (rules, steps, gguf, graft):
+    for room in (rules, steps, gguf, graft, prune):
         parts += [found for found in vars(room).values() if isinstance(found, type) and issubclass(found, Strict)]
     return sorted({name for part in parts for name in part.model_fields})

@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from qwench.errors import RecipeError
 from qwench.recipe.gguf import ExportGguf
 from qwench.recipe.graft import AcceptanceGate, Graft
+from qwench.recipe.prune import Prune
 from qwench.recipe.rules import Strict
 from qwench.recipe.steps import Calibration, Correct, Export, Quantize, Smooth, Step, default_calibration, reads_rows
 
@@ -54,6 +55,10 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _gguf_quantizes_itself(self) -> Recipe:
         others = [name for name in ("smooth", "quantize", "correct") if getattr(self, name)]
+        if self.gguf and self.prune:
+            raise ValueError(
+                "prune first, into a release of its own (a recipe with prune and export), and make GGUF files of that"
+            )
         if self.gguf and others:
             raise ValueError(
                 f"a gguf export chooses its own number formats, and {', '.join(others)} would not reach them: take "
@@ -95,6 +100,10 @@ class Recipe(Strict):
     @property
     def graft(self) -> Graft | None:
         return next((s.graft for s in self.steps if s.graft), None)
+
+    @property
+    def prune(self) -> Prune | None:
+        return next((s.prune for s in self.steps if s.prune), None)
 
     @property
     def smooth(self) -> Smooth | None:

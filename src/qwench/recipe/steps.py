@@ -9,6 +9,7 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from qwench.recipe.gguf import GGUF_TAG, TENSORS_TAG, ExportGguf, export_tag
 from qwench.recipe.graft import Graft
+from qwench.recipe.prune import Prune
 from qwench.recipe.rules import Rule, Strict
 
 
@@ -169,6 +170,7 @@ class Export(Strict):
         files: components that get a file of their own, by its name without ending: `{visual_mtp: [vision, mtp]}`; all else goes to `model`.
         layout: `source` keeps names and config; `text` makes a text-only causal LM (`model.layers.*`, Qwen3_5ForCausalLM), without the tower.
         drop: components that stay behind. The tower only goes with `layout: text`.
+        experts: how kept experts are stored: as in the source, or each by itself (`single`), as quantized ones always are.
     """
 
     format: Literal["compressed-tensors", "gptq", "auto-round"] = "compressed-tensors"
@@ -177,6 +179,7 @@ class Export(Strict):
     files: dict[str, tuple[Component, ...]] = Field(default_factory=dict)
     layout: Literal["source", "text"] = "source"
     drop: tuple[Literal["mtp", "vision"], ...] = ()
+    experts: Literal["source", "single"] = "source"
 
     @field_validator("dtype", mode="before")
     @classmethod
@@ -241,6 +244,7 @@ class Step(Strict):
     """One entry of `steps`: exactly one of its keys."""
 
     graft: Graft | None = None
+    prune: Prune | None = None
     smooth: Smooth | None = None
     quantize: Quantize | None = None
     correct: Correct | None = None

@@ -21,8 +21,9 @@ from qwench.checkpoint.source import TORCH_DTYPE, StoredSource
 from qwench.checkpoint.writer import CheckpointWriter
 from qwench.errors import CheckpointError
 from qwench.models.map import Slot
+from qwench.models.pruned import Pruned
 from qwench.recipe import Recipe
-from qwench.steps.changes import ActivationRanges, Rounding, Smoothing, Tuning
+from qwench.steps.changes import ActivationRanges, Pruning, Rounding, Smoothing, Tuning
 from qwench.steps.jobs import Job
 from qwench.steps.plan import Plan
 from qwench.steps.quantize import stored_chunks, write_quantized
@@ -37,6 +38,8 @@ REPORT = "report "
 """What the keys of remarks about methods begin with."""
 
 
+PRUNED = "pruned "
+"""What the keys of remarks about the experts of a layer begin with."""
 @dataclass
 class Calibrated:
     """What a walk found out.
@@ -57,10 +60,12 @@ def rows_for(recipe: Recipe, folder: Path) -> Rows:
 
 
 def walks_head(plan: Plan) -> bool:
-    """Whether the walk goes on into the MTP head: a method that reads rows, or smoothing, changes weights of it, or the range of what they read is to be found."""
+    """Whether the walk goes on into the MTP head: a method that reads rows, or smoothing, changes weights of it, its experts are pruned, or the range of what its weights read is to be found."""
     recipe = plan.recipe
     smoothed = recipe.smooth is not None and any(fold.startswith(MTP) for fold in recipe.smooth.folds)
     tuned = recipe.quantize is not None and recipe.quantize.method != "rtn"
+    if plan.map.mtp and recipe.prune:
+        return True
     found = (plan.schemes.get(slot.module) for slot in plan.map.slots() if slot.role.startswith(MTP))
     return bool(plan.map.mtp) and (smoothed or any(s is not None and (tuned or s.activations == "nvfp4") for s in found))
 
@@ -84,6 +89,8 @@ def changes_of(recipe: Recipe, plan: Plan) -> list[Change]:
     changes: list[Change] = []
     if recipe.smooth:
         changes.append(Smoothing(recipe.smooth, plan.schemes, plan.source))
+    if recipe.prune and isinstance(plan.source, Pruned):
+        changes.append(Pruning(recipe.prune, plan.source, plan.map))
     if recipe.quantize:
         tuned = recipe.quantize.method == "autoround"
         changes.append((Tuning if tuned else Rounding)(recipe.quantize, recipe.correct, plan.schemes))
@@ -99,6 +106,9 @@ def calibrate(plan: Plan, source: StoredSource, writer: CheckpointWriter, rows: 
         CheckpointError: from the source; or the hidden states of more than a tenth of the rows are not finite.
         OutputError: from the disk.
     """
+    Args:
+        source: what the plan was made from, experts that are pruned included.
+
     _, layers = split_jobs(plan)
     width = plan.map.other("embed").shape[1]
     depth = len(plan.map.blocks)
@@ -109,12 +119,15 @@ def calibrate(plan: Plan, source: StoredSource, writer: CheckpointWriter, rows: 
     def emit(live: LiveBlock) -> None:
         for change in settings.changes:
             for key, says in getattr(change, "reports", {}).items():
+    whole, map, stored = (s.whole, s.whole_map, s) if isinstance(s := plan.source, Pruned) else (source, plan.map, source)
                 if REPORT + key not in writer.remarks:
                     writer.remark(REPORT + key, {"says": says})
         for job in layers[depth if live.block.component == "mtp" else live.block.index]:
-            write_job(job, live, source, writer)
+            write_job(job, live, stored, writer)
 
-    walk(settings, source, plan.map, rows.ids, files, emit, tell)
+    walk(settings, whole, map, rows.ids, files, emit, tell)
+            if isinstance(change, Pruning):
+                writer.remark(PRUNED + live.label, change.found[live.label].model_dump())
     reports = {key.removeprefix(REPORT): str(data["says"]) for key, data in writer.remarks.items() if key.startswith(REPORT)}
     return Calibrated(reports, settings.lost)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qwench.checkpoint.folder import INDEX_NAME
-from qwench.checkpoint.source import TensorSource
+from qwench.checkpoint.source import StoredSource, TensorSource
 from qwench.checkpoint.writer import SINGLE, FileLayout
 from qwench.errors import PlanError
 from qwench.formats import FORMATS, adapter
@@ -22,6 +22,7 @@ from qwench.numerics.scheme import Scheme
 from qwench.recipe import Export, Recipe, recipe_data
 from qwench.steps.assign import Complaint, assign, assigned, input_complaints, shape_complaints, split_sets
 from qwench.steps.jobs import COPY_BUFFER, Job, Storage, files_of, job_memory, jobs_of
+from qwench.steps.prune import prune_notes, with_fewer_experts
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Plan:
     """Everything that a run needs to know.
 
     Attributes:
-        recipe, source, map: what the plan was made from.
+        recipe, source, map: what the plan was made from; where experts are pruned, source and map are without them (see `models.pruned`).
         jobs: the work, in the order in which files fill up.
         files: the layout of every safetensors file.
         schemes: module -> scheme of every quantized weight.
@@ -87,6 +88,11 @@ class Plan:
         return sum(job.copied is not None and job.outputs[0].dtype == job.copied.dtype for job in self.jobs)
 
     @property
+    def changed(self) -> bool:
+        """Whether the release differs from its source in any number."""
+        return self.recipe.prune is not None or self.kept_tensors < len(self.jobs)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors of the release."""
         return sum(job.nbytes for job in self.jobs)
@@ -108,9 +114,12 @@ class Plan:
         return max((job_memory(job, self.source) for job in self.jobs), default=0) + COPY_BUFFER
 
 
-def make_plan(recipe: Recipe, source: TensorSource, map: ModelMap) -> Plan:
+def make_plan(recipe: Recipe, source: StoredSource, map: ModelMap) -> Plan:
     """The plan of a recipe on a checkpoint. Raises PlanError with every complaint at once."""
     complaints = list(_source_complaints(source))
+    if recipe.prune:
+        source, map, found = with_fewer_experts(recipe.prune, source, map)
+        complaints += found
     schemes, notes, found = assign(recipe, map)
     complaints += found
     for block in (*map.blocks, *map.mtp):
@@ -129,6 +138,7 @@ def make_plan(recipe: Recipe, source: TensorSource, map: ModelMap) -> Plan:
     if schemes:
         config["quantization_config"] = container.quantization_config(schemes, kept)
     notes += container.notes(schemes.values())
+    notes += prune_notes(source)
     return Plan(recipe, source, map, jobs, files, schemes, kept, config, tuple(notes))
 
 

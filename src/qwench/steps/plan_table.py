@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console, Group
 
 from qwench import display
+from qwench.models.pruned import Pruned
 from qwench.steps.gate_memory import gate_memory
 from qwench.steps.plan import Plan
 from qwench.steps.tally import precision_rows
@@ -15,18 +16,19 @@ from qwench.steps.tally import precision_rows
 
 def as_data(plan: Plan) -> dict[str, Any]:
     """Everything that the tables show, sizes in bytes."""
+    whole, map = (s.whole, s.whole_map) if isinstance(s := plan.source, Pruned) else (s, plan.map)
     return {
         "recipe": plan.recipe.name,
         "source": str(plan.source.folder),
-        "source_tensors": len(plan.source.tensors),
-        "source_bytes": sum(t.nbytes for t in plan.source.tensors.values()),
+        "source_tensors": len(whole.tensors),
+        "source_bytes": sum(t.nbytes for t in whole.tensors.values()),
         "quantized_tensors": plan.quantized_tensors,
         "kept_tensors": plan.kept_tensors,
         "bytes": plan.nbytes,
         "bits_per_quantized_weight": plan.bits_per_weight,
         "bits_per_parameter": 8 * plan.nbytes / _parameters(plan),
         "working_memory": plan.working_memory,
-        "gate_memory": gate_memory(plan.recipe, plan.source, plan.map, plan.kept_tensors < len(plan.jobs)),
+        "gate_memory": gate_memory(plan.recipe, whole, map, plan.changed),
         "files": [{"name": f.name, "tensors": len(f.tensors), "bytes": f.nbytes} for f in plan.files],
         "roles": role_rows(plan),
         "precision": [row.model_dump() for row in precision_rows(plan)],

@@ -7,12 +7,14 @@ Nothing is written for it: the result is a view (see `checkpoint.views`), which 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 
 from qwench.checkpoint.sidecars import PROCESSORS, sidecars_of
 from qwench.checkpoint.source import StoredSource
 from qwench.checkpoint.views import Place, View
 from qwench.errors import PlanError
+from qwench.models import map_of
 from qwench.models.components import component_names
 from qwench.models.layout import MTP_LAYERS, config_with_mtp, is_text_only, text_only_config, text_only_name
 from qwench.recipe import Export, Recipe
@@ -37,7 +39,10 @@ def prepared(recipe: Recipe, source: StoredSource, donor: StoredSource | None) -
         )
     if recipe.graft and donor is not None:
         source = grafted(source, donor, recipe.graft)
-    return source if recipe.gguf else laid_out(source, recipe.export)
+    if recipe.gguf:
+        return source
+    laid = laid_out(source, recipe.export)
+    return one_by_one(laid) if recipe.export.experts == "single" else laid
 
 
 def laid_out(source: StoredSource, export: Export) -> StoredSource:
@@ -52,6 +57,20 @@ def laid_out(source: StoredSource, export: Export) -> StoredSource:
         config = config_with_mtp(config, 0)
     names = {name: text_only_name(name) if relaid else name for name in source.tensors if name not in dropped}
     return View(source.folder, config, {new: Place(source, old) for old, new in names.items() if new is not None})
+
+
+def one_by_one(source: StoredSource) -> StoredSource:
+    """The source with every expert's matrices as tensors of their own; itself where they are that already, or where there are none."""
+    slots = [slot for slot in map_of(source).slots() if slot.expert is not None and slot.part]
+    if not slots:
+        return source
+    stacked: dict[str, dict[str, Place]] = defaultdict(dict)
+    for slot in slots:
+        stacked[slot.tensor][f"{slot.module}.weight"] = Place(source, slot.tensor, slot.part)
+    places: dict[str, Place] = {}
+    for name in source.tensors:
+        places |= stacked.get(name) or {name: Place(source, name)}
+    return View(source.folder, source.config, places)
 
 
 def release_sidecars(recipe: Recipe, prepared: StoredSource, donor: StoredSource | None) -> dict[str, Path]:

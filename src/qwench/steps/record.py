@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import yaml
 
 from qwench.checkpoint.hub import Located
 from qwench.checkpoint.source import TensorSource
 from qwench.models import survey
+from qwench.models.geometry import read_geometry
 from qwench.models.map import ModelMap
+from qwench.models.place import Place, peak_vram
+from qwench.models.pruned import Pruned
 from qwench.recipe import recipe_data
-from qwench.result import CalibrationFacts, FileFact, Result, RunFacts, SourceFacts, TensorError
-from qwench.steps.calibrate import Calibrated
+from qwench.result import CalibrationFacts, FileFact, PrunedLayer, PruningFacts, Result, RunFacts, SourceFacts, TensorError
+from qwench.steps.calibrate import PRUNED, Calibrated
 from qwench.steps.material import Material
 from qwench.steps.plan import Plan
 from qwench.steps.tally import precision_rows
 from qwench.stream.rows import Rows
+
+
+class PlaceFacts(TypedDict):
+    """Fields of `RunFacts`."""
+
+    device: str
+    compute: str
+    peak_vram: int | None
 
 
 def first_record(
@@ -49,6 +60,43 @@ def calibration_facts(rows: Rows, found: Calibrated) -> CalibrationFacts:
         lost_rows=found.lost_rows,
         reports=found.reports,
     )
+
+
+def pruning_facts(plan: Plan, remarks: Mapping[str, dict[str, Any]]) -> PruningFacts | None:
+    """Which experts went, from what a walk put down layer by layer; None where the recipe prunes none."""
+    settings = plan.recipe.prune
+    if settings is None or not isinstance(plan.source, Pruned):
+        return None
+    found = [PrunedLayer.model_validate(data) for key, data in remarks.items() if key.startswith(PRUNED)]
+    layers = sorted(found, key=lambda layer: (layer.component == "mtp", layer.layer))
+    return PruningFacts(
+        criterion=settings.criterion,
+        before=plan.source.before,
+        after=plan.source.count,
+        top_k=read_geometry(plan.source.config).chosen,
+        layers=layers,
+        warnings=[warning for layer in layers if (warning := coverage_warning(layer, settings.least_tokens))],
+    )
+
+
+def coverage_warning(layer: PrunedLayer, least: int) -> str:
+    """The experts of a layer that calibration barely reached, and what became of them; nothing where there are none."""
+    few = [expert for expert, tokens in enumerate(layer.tokens) if tokens < least]
+    if not few:
+        return ""
+    stayed = [expert for expert in few if expert in layer.kept]
+    never = [expert for expert in few if not layer.tokens[expert]]
+    return (
+        f"{layer.label}: fewer than {least} calibration tokens reached experts {few}"
+        + (f", none reached {never}" if never else "")
+        + (f"; {stayed} of them stayed" if stayed else "; none of them stayed")
+    )
+
+
+def place_facts(place: Place) -> PlaceFacts:
+    """Where a run computed, for its record."""
+    device, compute = place.says
+    return {"device": device, "compute": compute, "peak_vram": peak_vram(place)}
 
 
 def source_facts(source: TensorSource, map: ModelMap, located: Located) -> SourceFacts:

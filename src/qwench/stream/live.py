@@ -55,7 +55,7 @@ class LiveBlock:
     @property
     def label(self) -> str:
         """The layer for a person: `layer 3`, `mtp layer 0`."""
-        return f"{'mtp ' if self.block.component == 'mtp' else ''}layer {self.block.index}"
+        return self.block.label
 
     def parameter(self, slot: Slot) -> tuple[str, tuple[int | slice, ...]]:
         """Where a slot lies in `weights`: the parameter's name, and the part of it."""

@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -55,6 +55,15 @@ class Change(Protocol):
 
 
 class Observer(Protocol):
+@runtime_checkable
+class Onlooker(Protocol):
+    """A change that looks on while the original rows go through the original layer, before it is asked to change it: that pass is made anyway."""
+
+    def watching(self, live: LiveBlock, /) -> AbstractContextManager[None]:
+        """What lasts while they do. Of a layer that is done again, it counts from the start."""
+        ...
+
+
     """What looks on while the rows go through a finished layer, and changes nothing."""
 
     def takers(self, live: LiveBlock, /) -> dict[str, Take]:
@@ -203,8 +212,12 @@ class _Loop:
         written: dict[str, Hidden] = {}
         if "original" in self.settings.streams:
             lookers = self.settings.observers if self.settings.onward == "original" else ()
-            written["original"], lost = self._through(live, "original", index, lookers)
-            if self._lose(index, lost) and lookers:
+            onlookers = [change for change in self.settings.changes if isinstance(change, Onlooker)]
+            with ExitStack() as stack:
+                for onlooker in onlookers:
+                    stack.enter_context(onlooker.watching(live))
+                written["original"], lost = self._through(live, "original", index, lookers)
+            if self._lose(index, lost) and (lookers or onlookers):
                 return None
         rows = self._rows(index, written.get("original"))
         for change in self.settings.changes:

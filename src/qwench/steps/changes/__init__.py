@@ -4,8 +4,9 @@ Each is handed the layer and the rows before it (`stream.walk.Change`), calls a 
 """
 
 from qwench.steps.changes.activations import ActivationRanges
+from qwench.steps.changes.pruning import Pruning
 from qwench.steps.changes.rounding import Rounding
 from qwench.steps.changes.smoothing import Smoothing
 from qwench.steps.changes.tuning import Tuning
 
-__all__ = ["ActivationRanges", "Rounding", "Smoothing", "Tuning"]
+__all__ = ["ActivationRanges", "Pruning", "Rounding", "Smoothing", "Tuning"]
