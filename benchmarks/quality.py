@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from qwench.demo import checkpoint
-from qwench.recipe import bundled
+from qwench.recipe import bundled, load_recipe
 from qwench.result import read_result
 from qwench.steps.evaluate import evaluate
 from qwench.stream.rows import held_out_rows
@@ -68,7 +68,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", choices=["dense", "moe"], default=["dense", "moe"])
-    parser.add_argument("--recipes", nargs="*", default=sorted(bundled()))
+    parser.add_argument("--recipes", nargs="*", default=sorted(name for name in bundled() if not load_recipe(name).gguf))
     args = parser.parse_args()
     results = Path(__file__).parent / "results"
     results.mkdir(exist_ok=True)

@@ -193,3 +193,28 @@ def test_progress_counts_the_bytes_of_all_files(tmp_path: Path) -> None:
     run_recipe(parse_recipe(SMALL, "t"), str(checkpoint("dense")), tmp_path / "out", 1, Listening("t", "bytes", None))
     assert heard[-1][0] <= heard[-1][1] and heard[-1][0] / heard[-1][1] > 0.99
     assert all(before[0] <= after[0] for before, after in itertools.pairwise(heard))
+
+
+def test_an_importance_file_can_be_given(tmp_path: Path) -> None:
+    model = checkpoint("moe")
+    run_recipe(parse_recipe(OBSERVED, "t"), str(model), tmp_path / "one", 1, QUIET)
+    given = OBSERVED.partition("calibration")[0].replace("importance: true", f"importance: {tmp_path}/one/imatrix.gguf")
+    result = run_recipe(parse_recipe(given, "t"), str(model), tmp_path / "two", 1, QUIET)
+    assert result.calibration is None
+    for path in (tmp_path / "one").glob("*.gguf"):
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
+    assert "with the importance matrix `imatrix.gguf`" in (tmp_path / "two" / "README.md").read_text(encoding="utf-8")
+
+
+def test_importance_of_another_model_is_refused_before_any_work(tmp_path: Path) -> None:
+    run_recipe(parse_recipe(OBSERVED, "t"), str(checkpoint("moe")), tmp_path / "one", 1, QUIET)
+    given = OBSERVED.partition("calibration")[0].replace("importance: true", f"importance: {tmp_path}/one/imatrix.gguf")
+    with pytest.raises(
+        CheckpointError, match=r"imatrix.gguf has \[.*\] experts and channels for blk.*, the model has"
+    ) as caught:
+        run_recipe(parse_recipe(given, "t"), str(checkpoint("dense")), tmp_path / "two", 1, QUIET)
+    assert "use the importance matrix of this very model" in caught.value.mend
+    missing = given.replace("one/imatrix", "none/imatrix")
+    with pytest.raises(CheckpointError, match=r"none/imatrix.gguf is no importance matrix"):
+        run_recipe(parse_recipe(missing, "t"), str(checkpoint("moe")), tmp_path / "two", 1, QUIET)
+    assert not (tmp_path / "two").exists()

@@ -41,7 +41,8 @@ class ExportGguf(Strict):
         mmproj: what the tower's file is stored in; `none` makes no such file.
         content: `model`: text with its MTP head. `trunk-only`: without the head. `mtp-only`: the head as a draft file.
         overrides: types for roles, in every quantized file of text.
-        importance: read calibration rows, and weigh input channels by their mean squares when scales are chosen. Writes imatrix.gguf.
+        importance: weigh input channels by their mean squares when scales are chosen. `true`: observed on calibration rows, MTP head included. The path of
+            a file: what `llama-imatrix` or an earlier run of ours observed. Either way it rides along as imatrix.gguf.
     """
 
     format: Literal["gguf"]
@@ -49,7 +50,7 @@ class ExportGguf(Strict):
     mmproj: Literal["BF16", "F16", "F32", "Q8_0", "none"] = "BF16"
     content: tuple[Literal["model", "trunk-only", "mtp-only"], ...] = Field(("model",), min_length=1)
     overrides: tuple[TypeOverride, ...] = ()
-    importance: bool = False
+    importance: bool | str = False
 
     @field_validator("types", "content")
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -52,6 +53,7 @@ def card_values(result: Result, title: str) -> dict[str, Any]:
         "gates": gate_rows(result),
         "graft": graft_values(result.graft),
         "importance": result.calibration,
+        "importance_file": _importance_file(result),
         "verified": [verification_row(v) for v in result.verifications if v.engine == ENGINE],
         "commands": commands(result),
         "version": result.qwench,
@@ -171,6 +173,13 @@ def commands(result: Result) -> str:
     drafting = any(row.component == "mtp" for row in chosen.precision)
     speculation = f" \\\n  --spec-type draft-mtp --spec-draft-n-max {DRAFTS}" if drafting else ""
     return f"llama-server -m {chosen.name}{tower} -ngl 99 -fa on -c 8192{speculation}"
+
+
+def _importance_file(result: Result) -> str:
+    """The name of the importance file that the recipe gave; "" where it gave none."""
+    exports = [step["export"] for step in result.recipe.get("steps", []) if "export" in step]
+    stated = exports[0].get("importance") if exports else None
+    return f"`{Path(stated).name}`" if isinstance(stated, str) else ""
 
 
 def _networks(result: Result) -> list[FileFact]:

@@ -16,10 +16,12 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from qwench.checkpoint.source import TensorSource
 from qwench.errors import PlanError
 from qwench.formats.gguf import Content, GgufPlan, Override, fields_of, plan_gguf
+from qwench.formats.gguf_importance import Importance, read_importance
 from qwench.formats.gguf_tensors import gguf_tensors
 from qwench.formats.gguf_types import UNQUANTIZED
 from qwench.formats.gguf_writer import header, working_memory
@@ -62,6 +64,7 @@ class GgufRelease:
         recipe, export, source, map: what the plan was made from.
         name: of the model, for file names and for people.
         files: all but imatrix.gguf, whose size depends on what the rows reach.
+        importance: that of the recipe's file, where it names one.
         notes: what a person should know and nothing has to change for.
     """
 
@@ -72,6 +75,7 @@ class GgufRelease:
     name: str
     files: tuple[PlannedFile, ...]
     notes: tuple[str, ...]
+    importance: Importance | None = None
 
     @property
     def nbytes(self) -> int:
@@ -86,7 +90,8 @@ class GgufRelease:
         text = json.dumps(
             [recipe_data(self.recipe), str(self.source.folder), source, files, self.source.config], sort_keys=True
         )
-        return hashlib.sha256(text.encode()).hexdigest()
+        given = self.importance.file.read_bytes() if self.importance and self.importance.file else b""
+        return hashlib.sha256(text.encode() + given).hexdigest()
 
     @property
     def working_memory(self) -> int:
@@ -105,6 +110,7 @@ def make_gguf_plan(recipe: Recipe, source: TensorSource, map: ModelMap, model: s
 
     Raises:
         PlanError: with every complaint at once.
+        CheckpointError: the recipe's importance file is none, or of another model; the folder lacks what the metadata is made from.
     """
     export = recipe.gguf
     assert export is not None
@@ -115,12 +121,13 @@ def make_gguf_plan(recipe: Recipe, source: TensorSource, map: ModelMap, model: s
     plans, complaints = _plans(export, source, map, name)
     if complaints:
         raise PlanError(complaints)
+    importance = _importance_file(export, plans.values())
     headers = _headers(plans.values(), source)
     files = tuple(PlannedFile(file, plan, *headers.get(plan.content, (0, ""))) for file, plan in plans.items())
     notes += [f"{file.name}: {note}" for file in files for note in file.plan.notes]
     if not headers:
         notes.append(NO_HEADER)
-    return GgufRelease(recipe, export, source, map, name, files, tuple(notes))
+    return GgufRelease(recipe, export, source, map, name, files, tuple(notes), importance)
 
 
 def file_stem(model: str) -> str:
@@ -170,7 +177,7 @@ def _plans(export: ExportGguf, source: TensorSource, map: ModelMap, name: str) -
         try:
             plans[file_name(name, content, kind)] = plan_gguf(
                 source, map, file_type=kind, content=content, overrides=_overrides(export, source, map, content, kind), name=name,
-                importance=export.importance,
+                importance=bool(export.importance),
             )  # fmt: skip
         except PlanError as error:
             complaints += [c for c in error.complaints if c not in complaints]
@@ -184,6 +191,17 @@ def _overrides(export: ExportGguf, source: TensorSource, map: ModelMap, content:
     tensors = gguf_tensors(source.config, map, content)
     every = [Override(roles, override.type.upper()) for override in export.overrides for roles in override.roles]
     return [override for override in every if any(override.names(tensor) for tensor in tensors)]
+
+
+def _importance_file(export: ExportGguf, plans: Iterable[GgufPlan]) -> Importance | None:
+    """The importance that the recipe names by its path. Raises CheckpointError where it does not fit the files."""
+    if not isinstance(export.importance, str):
+        return None
+    found = read_importance(Path(export.importance).expanduser())
+    for plan in plans:
+        if plan.content != "vision":
+            found.check(plan)
+    return found
 
 
 def _headers(plans: Iterable[GgufPlan], source: TensorSource) -> dict[Content, tuple[int, str]]:

@@ -22,6 +22,7 @@ from qwench.formats.gguf_source import GgufSource
 from qwench.formats.gguf_writer import write_gguf
 from qwench.machine import peak_rss
 from qwench.models import survey
+from qwench.models.place import Place
 from qwench.numerics.ggml_native import library
 from qwench.recipe import recipe_data
 from qwench.result import FILE_NAME, AcceptanceCheck, CalibrationFacts, FileFact, Result, RunFacts
@@ -32,7 +33,7 @@ from qwench.steps.gguf_plan import IMPORTANCE, GgufRelease, PlannedFile
 from qwench.steps.gguf_table import precision_rows
 from qwench.steps.heads import HeadWatch
 from qwench.steps.material import Material
-from qwench.steps.record import source_facts
+from qwench.steps.record import place_facts, source_facts
 from qwench.stream.importance import importance_walk
 from qwench.stream.rows import Rows
 
@@ -47,7 +48,7 @@ def make_release(plan: GgufRelease, watch: HeadWatch, out: Path, rows: Rows | No
 
     Args:
         plan: what the release is.
-        watch: over the head, with all that the run reads.
+        watch: over the head, with all that the run reads, and where the network is run.
         out: the folder that is to appear.
         rows: calibration rows where the recipe wants importance.
         report: hears of progress, in bytes.
@@ -59,7 +60,7 @@ def make_release(plan: GgufRelease, watch: HeadWatch, out: Path, rows: Rows | No
         VerificationError: the head of a file lost more acceptance than the recipe allows.
     """
     material = watch.material
-    sizes: dict[str, int | None] = {IMPORTANCE: None} if rows is not None else {}
+    sizes: dict[str, int | None] = {IMPORTANCE: None} if plan.export.importance else {}
     sizes |= {file.name: file.nbytes for file in plan.files}
     fingerprint = plan.fingerprint + material.source.stamp() + (rows.ids_sha256 if rows is not None else "")
     with WholeFiles(out, sizes, fingerprint, _other_bytes(plan, material, rows)) as files:
@@ -67,13 +68,14 @@ def make_release(plan: GgufRelease, watch: HeadWatch, out: Path, rows: Rows | No
             report.note(note)
         kept, progress = len(files.done), _Progress(plan, report)
         grafted = watch.graft(files, progress.layers)
-        importance = _importance(plan, rows, files, progress) if rows is not None else None
+        importance = _importance(plan, rows, files, progress, watch.place)
         for file in plan.files:
             _write(file, plan, files, importance, progress)
         checks = {file.name: _checked(file, plan, watch, files, progress) for file in plan.files if _drafts(file)}
         facts = RunFacts(
-            seconds=time.monotonic() - started, peak_rss=peak_rss(), threads=torch.get_num_threads(), resumed_tensors=kept
-        )
+            seconds=time.monotonic() - started, peak_rss=peak_rss(), threads=torch.get_num_threads(), resumed_tensors=kept,
+            **place_facts(watch.place),
+        )  # fmt: skip
         result = _record(plan, material, rows, files, facts, checks)
         result.graft = grafted
         files.commit(_sidecars(plan, material, result, out.resolve().name))
@@ -124,23 +126,31 @@ def _write(file: PlannedFile, plan: GgufRelease, files: WholeFiles, importance: 
     files.finished(file.name, written.crc32)
 
 
-def _importance(plan: GgufRelease, rows: Rows, files: WholeFiles, progress: _Progress) -> Importance:
-    """The importance of every tensor: from an earlier run's file, or from a walk over the rows."""
+def _importance(
+    plan: GgufRelease, rows: Rows | None, files: WholeFiles, progress: _Progress, place: Place
+) -> Importance | None:
+    """The importance of every tensor, from its file in the release, which is made where no earlier run did; None where the recipe wants none."""
+    if not plan.export.importance:
+        return None
     path = files.path(IMPORTANCE)
-    if IMPORTANCE in files.done:
-        return read_importance(path)
+    if IMPORTANCE not in files.done:
+        write_importance(path, plan.importance or _observed(plan, rows, files, progress, place))
+        files.finished(IMPORTANCE, crc_of(path))
+    return read_importance(path)
+
+
+def _observed(plan: GgufRelease, rows: Rows | None, files: WholeFiles, progress: _Progress, place: Place) -> Importance:
+    """From a walk over the rows."""
+    assert rows is not None
     lost: list[tuple[int, int]] = []
     files.scratch.mkdir(exist_ok=True)
     squares = importance_walk(
-        plan.source, plan.map, rows.ids, folder=files.scratch, tell=progress.layers,
+        plan.source, plan.map, rows.ids, folder=files.scratch, tell=progress.layers, place=place,
         lost=lambda layer, row: lost.append((layer, row)),
     )  # fmt: skip
     whole = plan_gguf(plan.source, plan.map, name=plan.name)
-    found = importance_of(whole, squares, texts=[rows.text], length=rows.length, rows=len(rows.ids))
-    write_importance(path, found)
     files.remark(OBSERVED, {"lost_rows": lost})
-    files.finished(IMPORTANCE, crc_of(path))
-    return read_importance(path)
+    return importance_of(whole, squares, texts=[rows.text], length=rows.length, rows=len(rows.ids))
 
 
 def _record(
@@ -154,7 +164,7 @@ def _record(
         )
         for file in plan.files
     ]  # fmt: skip
-    if rows is not None:
+    if plan.export.importance:
         described.append(FileFact(name=IMPORTANCE, bytes=files.path(IMPORTANCE).stat().st_size, content="importance"))
     for remark in files.remarks.values():
         if "file" in remark:
