@@ -5,6 +5,8 @@ parameters mean, and a kernel. Only the last is missing on a CPU. A stand-in tak
 dtype and multiplies as for an unquantized layer. What agrees with our own reading after that proves names, fusing, order, scales and the one outer scale
 that vLLM keeps of several; it proves nothing about the kernel that a GPU runs, and whoever reports must say so.
 
+Where a layer's inputs are rounded too, they are rounded by vLLM's own emulation (`nvfp4_emulation_utils`), with the divisors that vLLM loaded, and multiplied likewise.
+
 A stand-in is used only where vLLM's own choice of a kernel fails. Runs inside of the engine's environment: no import of ours.
 """
 
@@ -33,6 +35,14 @@ def nvfp4_values(packed: Tensor, scales: Tensor, factor: Tensor) -> Tensor:
     blocks = values.view(*values.shape[:-1], -1, 16) * scales.float().unsqueeze(-1)
     decoded: Tensor = blocks.flatten(-2) * factor
     return decoded
+
+
+def rounded_inputs(x: Tensor, divisor: Tensor) -> Tensor:
+    """Activations [..., in] rounded to NVFP4 over a divisor, as vLLM emulates it."""
+    from vllm.model_executor.layers.quantization.utils.nvfp4_emulation_utils import ref_nvfp4_quant_dequant
+
+    rounded: Tensor = ref_nvfp4_quant_dequant(x.reshape(-1, x.shape[-1]), divisor, block_size=16)
+    return rounded.view(x.shape)
 
 
 def integer_values(packed: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
@@ -80,7 +90,8 @@ def _linear_nvfp4() -> None:
             layer.weight = nn.Parameter(values.to(torch.get_default_dtype()), requires_grad=False)
 
         def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-            return nn.functional.linear(x, layer.weight, bias)
+            divisor = getattr(layer, "input_global_scale_inv", None)
+            return nn.functional.linear(x if divisor is None else rounded_inputs(x, divisor), layer.weight, bias)
 
     choose = module.init_nvfp4_linear_kernel
 
@@ -88,7 +99,7 @@ def _linear_nvfp4() -> None:
         try:
             return choose(use_a16=use_a16)
         except (ValueError, AttributeError):
-            note("NVFP4 linear layers" + ("" if use_a16 else " (their activations not quantized)"))
+            note("NVFP4 linear layers" + ("" if use_a16 else " with 4-bit inputs"))
             return StandIn(NvFp4LinearLayerConfig())
 
     module.init_nvfp4_linear_kernel = choose_or_stand_in
@@ -156,7 +167,30 @@ def _run_unquantized(method: Any, layer: Any, gate_up: Tensor, down: Tensor) -> 
     method.moe_quant_config, method.moe_kernel = plain.moe_quant_config, plain.moe_kernel
 
 
-def _offer_experts(module: Any, cls: Any, select: str, what: str, decode: Any) -> None:
+def _run_rounded(method: Any, layer: Any, gate_up: Tensor, down: Tensor) -> None:
+    """Give an experts layer whose inputs are rounded to 4 bits a forward pass in torch; arguments as in `_run_unquantized`.
+
+    Of gate's and up's divisors the smaller one stands for both, as in vLLM's kernels that keep one for each expert.
+    """
+    from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG
+
+    gate_up, down = gate_up.to(layer.params_dtype), down.to(layer.params_dtype)
+    read, inner = layer.w13_input_global_scale.data.amin(1), layer.w2_input_global_scale.data
+
+    def apply(*, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, **_others: Any) -> Tensor:
+        total = torch.zeros_like(x)
+        for expert in torch.unique(topk_ids).tolist():
+            token, rank = torch.where(topk_ids == expert)
+            gate, up = nn.functional.linear(rounded_inputs(x[token], read[expert]), gate_up[expert]).chunk(2, -1)
+            middle = rounded_inputs(nn.functional.silu(gate) * up, inner[expert])
+            out = nn.functional.linear(middle, down[expert]) * topk_weights[token, rank, None].to(x.dtype)
+            total.index_add_(0, token, out)
+        return total
+
+    method.apply, method.moe_quant_config = apply, FUSED_MOE_UNQUANTIZED_CONFIG
+
+
+def _offer_experts(module: Any, cls: Any, select: str, what: str, decode: Any, run: Any = _run_unquantized) -> None:
     """Where `select` finds no backend, let the layer load in the file's format and run on what `decode` makes of it."""
     choose, process = getattr(module, select), cls.process_weights_after_loading
 
@@ -169,7 +203,7 @@ def _offer_experts(module: Any, cls: Any, select: str, what: str, decode: Any) -
 
     def decode_or_process(method: Any, layer: Any) -> None:
         if method.experts_cls is NoExperts:
-            _run_unquantized(method, layer, *decode(method, layer))
+            run(method, layer, *decode(method, layer))
         else:
             process(method, layer)
 
@@ -191,7 +225,12 @@ def _experts_nvfp4() -> None:
             nvfp4_values(layer.w2_weight_packed.data, layer.w2_weight_scale.data, down[:, None, None]),
         )
 
-    _offer_experts(module, module.CompressedTensorsW4A4Nvfp4MoEMethod, "select_nvfp4_moe_backend", "NVFP4 experts", decode)
+    def run(method: Any, layer: Any, gate_up: Tensor, down: Tensor) -> None:
+        if not method.use_a16:
+            note("4-bit inputs of experts")
+        (_run_unquantized if method.use_a16 else _run_rounded)(method, layer, gate_up, down)
+
+    _offer_experts(module, module.CompressedTensorsW4A4Nvfp4MoEMethod, "select_nvfp4_moe_backend", "NVFP4 experts", decode, run)
 
 
 def _experts_integer() -> None:
