@@ -21,6 +21,7 @@ from qwench.result import Acceptance, Estimate, Evaluation, Result, TensorError,
 from qwench.steps.card_engines import engine_sections
 from qwench.steps.card_heads import gate_values, graft_values
 from qwench.steps.card_plots import draw_plots, size_text
+from qwench.steps.card_pruning import pruning_values
 from qwench.steps.card_speculation import speculation_values
 
 FILE_NAME = "README.md"
@@ -105,6 +106,7 @@ def card_values(result: Result, config: dict[str, Any], title: str) -> dict[str,
         "speculation": speculation_values(result.evaluation),
         "graft": graft_values(result.graft),
         "gate": gate_values(result.acceptance),
+        "pruning": pruning_values(result.pruning),
         "errors": error_rows(result.errors),
         "engines": engine_sections(result, title),
         "files": [{"name": file.name, "size": size_text(file.bytes)} for file in result.files],

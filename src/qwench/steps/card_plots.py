@@ -3,6 +3,7 @@
 - `error_by_layer.png`: round-trip error of every quantized role in every layer, and below it what the hidden states have become at that depth.
 - `divergence.png`: how the per-token divergence is distributed, and its tail.
 - `bytes.png`: what each component takes in the source and in the release.
+- `experts.png`: which experts stayed, by saliency, and how much of each layer's work.
 
 Colours are blue and orange of the palette of Okabe and Ito, and shades of one blue: safe for colour-blind readers. A picture whose numbers were not measured is not
 drawn, and an older one of the same name is removed.
@@ -24,6 +25,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from qwench.models.map import ROLES
 from qwench.result import Divergence, PrecisionRow, Result, TensorError
+from qwench.steps.card_pruning import pruning_figure
 
 BLUE, ORANGE, GREY, INK = "#0072B2", "#D55E00", "#B8BDC4", "#30343A"
 SHADES = LinearSegmentedColormap.from_list("shades", [(0.0, "#C5DDEC"), (0.5, "#4B95C1"), (1.0, "#08306B")])
@@ -64,10 +66,15 @@ def _bytes(result: Result) -> Figure | None:
     return bytes_figure(result.precision) if result.precision else None
 
 
+def _experts(result: Result) -> Figure | None:
+    return pruning_figure(result.pruning.layers) if result.pruning else None
+
+
 PLOTS: dict[str, tuple[str, Callable[[Result], Figure | None]]] = {
     "divergence.png": ("Divergence from the source, token by token", _divergence),
     "error_by_layer.png": ("Error by layer", _layers),
     "bytes.png": ("Bytes by component", _bytes),
+    "experts.png": ("Experts that stayed and experts that went, by saliency", _experts),
 }
 """File name -> caption, and what draws it where it was measured."""
 
