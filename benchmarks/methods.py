@@ -85,7 +85,7 @@ METHODS = {
     "awq + gptq": Method({"method": "gptq"}, smooth={"folds": FOLDS}),
     "gptq + eora 64": Method({"method": "gptq"}, rank=64),
     "autoround": Method({"method": "autoround"}),
-    "autoround from gptq": Method({"method": "autoround", "autoround": {"start": "gptq"}}),
+    "autoround from rounding": Method({"method": "autoround", "autoround": {"start": "rounding"}}),
 }
 
 
@@ -214,7 +214,7 @@ def table(which: str, set_name: str, methods: list[str], samples: int) -> list[d
         row, divergences[name] = measure(name, set_name, source, map, ids, yardstick)
         rows.append(row)
         print(json.dumps(row), file=sys.stderr, flush=True)
-    for base in ("rtn", "gptq"):
+    for base in ("rtn", "gptq"):  # each difference that the order of methods rests on
         compare(rows, divergences, documents, base)
     return rows
 

@@ -16,6 +16,10 @@ parts of one parameter of the block (the experts of a mixture) are written into 
 The iterate that is kept is the one of least error on one fixed set of rows, among iterates judged every few steps, the start (rounding to nearest)
 included. What is judged is, bit for bit, what the returned codes decode to. Comparing losses of different batches would pick the luckiest batch.
 
+A start that is given (`starts`) takes the place of rounding to nearest: each weight is moved into the cell of the code that it was given, no further than it
+must, and V and the factors begin at 0 and 1 there. Error feedback (GPTQ) is a far better start for the layer's own error than signed steps reach in a few
+hundred; what tuning adds is what feedback cannot see: the block as a whole, and errors of the blocks before it. Where it adds nothing the start is kept.
+
 What it trades away: time (about 700 passes of 8 rows a block by default), and memory: beside the weights 4 bytes for each of the offset, the decoded
 weight and its gradient, 1 byte for each of the best codes and those of the start. Of the rows only those of a step are in memory.
 """

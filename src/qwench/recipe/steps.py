@@ -32,12 +32,12 @@ class AutoRoundSettings(Strict):
     """Attributes:
     iterations: steps of signed gradient descent for each layer.
     batch: rows in a step.
-    start: what is tuned: `rounding` to nearest, or the codes and scales of `gptq` (with its settings).
+    start: what is tuned: the codes and scales of `gptq` (with its settings), or `rounding` to nearest, as the paper has it.
     """
 
     iterations: int = Field(200, ge=1)
     batch: int = Field(8, ge=1)
-    start: Literal["rounding", "gptq"] = "rounding"
+    start: Literal["gptq", "rounding"] = "gptq"
 
 
 class ActivationSettings(Strict):
