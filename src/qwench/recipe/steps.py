@@ -259,8 +259,8 @@ class Step(Strict):
 
 def reads_rows(step: Step) -> bool:
     """Whether a step reads calibration rows."""
-    observed = isinstance(step.export, ExportGguf) and step.export.importance
-    return bool(step.smooth or step.correct or observed or (step.quantize and step.quantize.reads_rows))
+    observed = isinstance(step.export, ExportGguf) and step.export.importance is True
+    return bool(step.prune or step.smooth or step.correct or observed or (step.quantize and step.quantize.reads_rows))
 
 
 def default_calibration(steps: tuple[Step, ...]) -> Calibration | None:
