@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 from qwench.demo import checkpoint
+from qwench.display import Report
 from qwench.engines import ENGINES, Request
+from qwench.recipe import parse_recipe
+from qwench.run import run_recipe
 from qwench.steps.verify import verify
 from tests.support.oracle import cycle_row, write_oracle, write_runnable
 from tests.support.releases import release, rewrite
@@ -83,3 +86,28 @@ def test_a_refusal_is_an_answer(tmp_path: Path) -> None:
     answer = ENGINES["vllm"](Request(broken, ROWS[:1], generate=1, top_k=5, image=False))
     assert answer.refused is not None and any("layers.1.mlp.gate_up_proj" in name for name in answer.uninitialized)
     assert "model.language_model.layers.1.mlp.upward.weight" not in answer.consumed
+
+
+FOUR_BITS = """
+name: t
+calibration: {samples: 4, length: 48}
+steps:
+  - quantize:
+      rules:
+        - {roles: [mlp.*, expert.*, shared.*], scheme: nvfp4-w4a4}
+        - {roles: [attention.*, delta.qkv, delta.z, delta.out], scheme: fp8-w8a8}
+  - export: {format: compressed-tensors}
+"""
+
+
+@pytest.mark.engine("vllm")
+@pytest.mark.parametrize("model", ["dense", "moe"])
+def test_rounded_inputs_are_loaded_and_rounded(model: str, tmp_path: Path) -> None:
+    """NVFP4 with 4-bit inputs, experts too, beside FP8 with 8-bit inputs, in one file."""
+    run_recipe(parse_recipe(FOUR_BITS, "t"), str(checkpoint(model)), tmp_path / "out", 0, Report("t", "bytes", None))
+    found = verify(tmp_path / "out", "vllm", threads=1)
+    assert found.outcome == "loads" and found.unconsumed == [] and found.uninitialized == [], found.notes
+    assert any("NVFP4 linear layers with 4-bit inputs" in note for note in found.notes)
+    assert any("4-bit inputs of experts" in note for note in found.notes) == (model == "moe")
+    assert any("our own reading in bfloat16" in note for note in found.notes)
+    assert found.mean_kl is not None and found.tolerance_kl is not None and found.mean_kl < found.tolerance_kl < 0.02

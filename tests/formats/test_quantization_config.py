@@ -257,3 +257,30 @@ def test_formats_that_we_cannot_read_are_refused(weights: dict[str, Any]) -> Non
 def test_other_methods_are_refused() -> None:
     with pytest.raises(CheckpointError, match="gptq"):
         scheme_of({"quant_method": "gptq", "bits": 4}, "model.layers.0.mlp.up_proj")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "expected"),
+    [
+        ("nvfp4-w4a4", {}, "nvfp4"),
+        ("nvfp4-w4a4", {"observer": "static_minmax"}, "nvfp4"),
+        ("nvfp4-w4a4", {"dynamic": False}, "none"),
+        ("nvfp4-w4a4", {"group_size": 32}, "none"),
+        ("fp8-w8a8", {}, "fp8"),
+        ("fp8-w8a8", {"strategy": "tensor", "dynamic": False}, "none"),
+        ("fp8-w8a8", {"type": "int"}, "none"),
+    ],
+)
+def test_activations_are_read_where_they_are_ours(name: str, change: dict[str, Any], expected: str) -> None:
+    module = "model.layers.0.mlp.up_proj"
+    config = quantization_config({module: SCHEMES[name]}, [])
+    config["config_groups"]["group_0"]["input_activations"] |= change
+    read = scheme_of(config, module)
+    assert read is not None and read.activations == expected and read.kind == SCHEMES[name].kind
+
+
+def test_weights_alone_and_with_activations_are_two_groups() -> None:
+    both = {"model.layers.0.mlp.up_proj": SCHEMES["nvfp4"], "model.layers.0.mlp.down_proj": SCHEMES["nvfp4-w4a4"]}
+    config = quantization_config(both, [])
+    assert config["format"] == "nvfp4-pack-quantized" and len(config["config_groups"]) == 2
+    assert {m: scheme_of(config, m) for m in both} == both

@@ -14,7 +14,7 @@ from qwench.checkpoint.reader import Checkpoint
 from qwench.errors import CheckpointError
 from qwench.formats.compressed_tensors import pack, quantization_config
 from qwench.formats.release import Release, open_source
-from qwench.numerics import SCHEMES, Quantized, Scheme, decode, encode
+from qwench.numerics import SCHEMES, InputRounding, Quantized, Scheme, decode, encode
 
 ROWS, COLUMNS = 150, 256
 QUANTIZED = {
@@ -178,3 +178,45 @@ def test_contradictions_stop_before_anything_is_read(tmp_path: Path, change: Any
     with pytest.raises(CheckpointError, match=words) as error:
         open_source(write(tmp_path / "r", tensors, {"quantization_config": config}))
     assert error.value.mend
+
+
+W4A4 = {MODULE: SCHEMES["nvfp4-w4a4"]}
+
+
+def four_bit(folder: Path, divisor: float | None) -> Release:
+    """A release with a weight whose inputs are rounded over this divisor; None: the file lacks it."""
+    tensors = pack(
+        MODULE,
+        dataclasses.replace(encode(torch.randn(ROWS, COLUMNS), W4A4[MODULE]), input_outer=torch.tensor([divisor or 1.0])),
+    )
+    if divisor is None:
+        del tensors[f"{MODULE}.input_global_scale"]
+    source = open_source(write(folder, tensors, {"quantization_config": quantization_config(W4A4, KEPT)}))
+    assert isinstance(source, Release)
+    return source
+
+
+def test_what_is_done_to_inputs_is_read_beside_the_weights(release: Any, tmp_path: Path) -> None:
+    assert four_bit(tmp_path / "r", 37.25).input_rounding(MODULE) == InputRounding("nvfp4", 37.25)
+    assert four_bit(tmp_path / "r", 37.25).input_rounding("model.layers.3.self_attn.q_proj") is None
+    assert all(release[0].input_rounding(module) is None for module in QUANTIZED)
+    fp8 = {MODULE: SCHEMES["fp8-w8a8"]}
+    _, tensors = parts_of(fp8)
+    source = open_source(write(tmp_path / "f", tensors, {"quantization_config": quantization_config(fp8, KEPT)}))
+    assert isinstance(source, Release) and source.input_rounding(MODULE) == InputRounding("fp8")
+
+
+@pytest.mark.parametrize("divisor", [0.0, -3.0, float("inf"), float("nan")])
+def test_a_divisor_that_is_no_positive_number_is_named(divisor: float, tmp_path: Path) -> None:
+    tensors = pack(
+        MODULE, dataclasses.replace(encode(torch.randn(ROWS, COLUMNS), W4A4[MODULE]), input_outer=torch.tensor([divisor]))
+    )
+    source = open_source(write(tmp_path / "r", tensors, {"quantization_config": quantization_config(W4A4, KEPT)}))
+    assert isinstance(source, Release)
+    with pytest.raises(CheckpointError, match=r"up_proj.input_global_scale in .*model.safetensors is"):
+        source.input_rounding(MODULE)
+
+
+def test_a_missing_divisor_stops_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="input_global_scale is missing; nvfp4 g16 w4a4 needs it"):
+        four_bit(tmp_path / "r", None)
