@@ -1,0 +1,140 @@
+"""Commands that make releases, and that show what would be made: recipes, inspect, plan, run, demo."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qwench import display
+from qwench.cli.app import (
+    CalibrationOption,
+    DonorOption,
+    JsonOption,
+    ModelArgument,
+    ModelOption,
+    RecipeArgument,
+    ThreadsOption,
+    app,
+    print_json,
+)
+from qwench.recipe import bundled, load_recipe
+
+
+@app.command()
+def recipes(as_json: JsonOption = False) -> None:
+    """List the recipes that the package carries.
+
+    Example: `qwench recipes`
+    """
+    found = {name: load_recipe(name).about for name in sorted(bundled())}
+    if as_json:
+        print_json(found)
+    else:
+        display.out.print(display.table("Bundled recipes", ["recipe", "what it makes"], list(found.items())))
+
+
+@app.command()
+def inspect(
+    model: ModelArgument,
+    context: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of context for the cache sizes; the model's own, up to 32768, if left out."),
+    ] = None,
+    vram: Annotated[float | None, typer.Option(help="Say what fits a GPU of this many GiB.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a checkpoint is: layers, parameters and bytes by component, MTP head, caches.
+
+    Example: `qwench inspect ./Qwen3.5-9B --context 65536 --vram 24`
+    """
+    from qwench.steps.inspect import inspection, show
+    from qwench.steps.material import shapes_of
+
+    found = inspection(shapes_of(model), model, context, vram)
+    if as_json:
+        print_json(found)
+    else:
+        show(found, display.out)
+
+
+@app.command()
+def plan(recipe: RecipeArgument, model: ModelOption, donor: DonorOption = None, as_json: JsonOption = False) -> None:
+    """Show what a run would make, to the byte, from shapes alone (a lone config.json is enough).
+
+    Example: `qwench plan nvfp4a16 --model ./Qwen3.5-9B`
+    """
+    from qwench.run import plan_for
+    from qwench.steps import gguf_table, plan_table
+    from qwench.steps.gguf_plan import GgufRelease
+
+    made = plan_for(load_recipe(recipe), model, donor)
+    if as_json:
+        print_json(gguf_table.as_data(made) if isinstance(made, GgufRelease) else plan_table.as_data(made))
+    elif isinstance(made, GgufRelease):
+        gguf_table.show(made, display.out)
+    else:
+        plan_table.show(made, display.out)
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    model: ModelOption,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the release goes; must not exist yet, or be empty.")],
+    donor: DonorOption = None,
+    accept_any: Annotated[
+        bool,
+        typer.Option(
+            "--accept-any", help="Finish the release even if its MTP head lost more acceptance than the recipe allows."
+        ),
+    ] = False,
+    calibration: CalibrationOption = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration rows, in place of the recipe's number.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens in each calibration row.")] = None,
+    threads: ThreadsOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a release. A run that was stopped goes on where it stood when the same command is given again.
+
+    Example: `qwench run nvfp4a16 --model ./Qwen3.5-9B --out ./Qwen3.5-9B-NVFP4A16`
+    """
+    from qwench.run import run_recipe
+
+    made = load_recipe(recipe).calibrated_on(calibration, samples, length)
+    with display.progress("release") as report:
+        result = run_recipe(made, model, out, threads, report, donor, accept_any)
+    if as_json:
+        print_json(result.model_dump(mode="json"))
+    else:
+        display.show_result(result, out)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the demo release goes.")] = Path("qwench-demo"),
+    recipe: Annotated[str, typer.Option(help="The recipe to run.")] = "nvfp4a16",
+    moe: Annotated[bool, typer.Option("--moe", help="Use the mixture-of-experts checkpoint.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier demo release.")] = False,
+) -> None:
+    """Run the whole job on a checkpoint that the package carries: make, verify, evaluate, card.
+
+    Example: `qwench demo`
+    """
+    from qwench.demo import checkpoint
+    from qwench.run import evaluate_release, run_recipe, verify_release
+    from qwench.steps.card import write_card
+
+    model = str(checkpoint("moe" if moe else "dense"))
+    if force and (out / "result.json").is_file():
+        shutil.rmtree(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with display.progress("release") as report:
+        result = run_recipe(load_recipe(recipe), model, out, 0, report)
+    display.show_result(result, out)
+    display.show_verification(verify_release(out, "transformers"))
+    with display.progress("evaluation", unit="blocks") as report:
+        display.show_evaluation(evaluate_release(out, model, None, 16, 512, report))
+    display.out.print(f"card: {write_card(out)}")

@@ -1,0 +1,107 @@
+"""Commands that measure what was made: eval against the source, verify in an engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qwench import display
+from qwench.cli.app import JsonOption, ReleaseArgument, app, print_json
+from qwench.errors import VerificationError
+
+
+@app.command("eval")
+def evaluate(
+    release: ReleaseArgument,
+    against: Annotated[str, typer.Option("--against", metavar="MODEL", help="The checkpoint that the release was made from.")],
+    text: Annotated[
+        Path | None, typer.Option(help="Text to measure on (.txt or .jsonl); the package's held-out text if left out.")
+    ] = None,
+    documents: Annotated[int, typer.Option(min=1, help="Documents to measure on.")] = 16,
+    length: Annotated[int, typer.Option(min=8, help="Tokens of each document.")] = 512,
+    speculate: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="TOKENS",
+            help="Let both write so many tokens after each document's beginning, with drafts of the MTP head.",
+        ),
+    ] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a release against its source: KL divergence, perplexity, top-1 agreement, acceptance of the MTP head.
+
+    Example: `qwench eval ./Qwen3.5-9B-NVFP4A16 --against ./Qwen3.5-9B`
+    """
+    from qwench.run import evaluate_gguf_release, evaluate_release
+    from qwench.steps.gguf_verify import is_gguf
+
+    if is_gguf(release):
+        with display.progress("evaluation", unit="blocks") as report:
+            by_file = evaluate_gguf_release(release, against, text, documents, length, report)
+        if as_json:
+            print_json({name: found.model_dump(mode="json") for name, found in by_file.items()})
+        else:
+            display.show_ladder(by_file)
+        return
+    with display.progress("evaluation", unit="blocks") as report:
+        measured = evaluate_release(release, against, text, documents, length, report, speculate)
+    if as_json:
+        print_json(measured.model_dump(mode="json"))
+    else:
+        display.show_evaluation(measured)
+
+
+@app.command()
+def verify(
+    release: ReleaseArgument,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            "--engine",
+            metavar="NAME",
+            help="transformers, vllm, gptqmodel, auto-round, llama.cpp; left out: llama.cpp for GGUF, else transformers.",
+        ),
+    ] = None,
+    file: Annotated[
+        str | None, typer.Option("--file", metavar="NAME", help="One file of a GGUF release; all if left out.")
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            "--against", metavar="MODEL", help="The source of a GGUF release: its BF16 file is held against transformers."
+        ),
+    ] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option("--adapter", metavar="DIR", help="Corrections (EoRA) to add on both sides: gptqmodel and vllm take them."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Load a release in a real engine, and hold the engine's numbers against our own reading of the file.
+
+    Example: `qwench verify ./Qwen3.5-9B-NVFP4A16 --engine vllm`
+    """
+    from qwench.run import verify_gguf_release, verify_release
+    from qwench.steps.gguf_verify import is_gguf, refuse_gguf_questions
+
+    if is_gguf(release):
+        if adapter is not None:
+            raise VerificationError(f"--adapter {adapter} cannot be added to a GGUF release", "leave --adapter out")
+        every = verify_gguf_release(release, engine or "llama.cpp", file, against)
+    else:
+        refuse_gguf_questions(release, engine, file, against)
+        every = [verify_release(release, engine or "transformers", adapter)]
+    if as_json:
+        data = [found.model_dump(mode="json") for found in every]
+        print_json(data if is_gguf(release) else data[0])
+    else:
+        for found in every:
+            display.show_verification(found)
+    for found in every:
+        if found.outcome not in {"agrees", "loads"}:
+            raise VerificationError(
+                f"{found.engine} {found.outcome} on {found.file or release}", "; ".join(found.notes) or "see the table above"
+            )
