@@ -70,7 +70,7 @@ def _section(engine: str, verification: Verification | None, result: Result, nam
 
 def known_trouble(engine: str, result: Result) -> str:
     """Why an engine cannot run this release rightly, as far as it was known when this version was written; "" where nothing is known."""
-    if engine == "sglang" and any(error.scheme.startswith("nvfp4") for error in result.errors):
+    if engine == "sglang" and any(e.scheme.startswith("nvfp4") and not e.scheme.endswith("w4a4") for e in result.errors):
         return NVFP4_SGLANG
     experts = [error for error in result.errors if ".".join(error.role.split(".")[-2:-1]) == "expert"]
     if engine == "transformers" and any(e.scheme.startswith("nvfp4") or e.scheme.endswith("asym") for e in experts):
