@@ -170,7 +170,8 @@ class Export(Strict):
         files: components that get a file of their own, by its name without ending: `{visual_mtp: [vision, mtp]}`; all else goes to `model`.
         layout: `source` keeps names and config; `text` makes a text-only causal LM (`model.layers.*`, Qwen3_5ForCausalLM), without the tower.
         drop: components that stay behind. The tower only goes with `layout: text`.
-        experts: how kept experts are stored: as in the source, or each by itself (`single`), as quantized ones always are.
+        experts: how kept experts are stored: as in the source, or each by itself (`single`), as quantized ones always are. `auto`: by themselves in the
+            containers `gptq` and `auto-round`, whose readers leave fused ones random in a quantized file, and as in the source otherwise.
     """
 
     format: Literal["compressed-tensors", "gptq", "auto-round"] = "compressed-tensors"
@@ -179,7 +180,7 @@ class Export(Strict):
     files: dict[str, tuple[Component, ...]] = Field(default_factory=dict)
     layout: Literal["source", "text"] = "source"
     drop: tuple[Literal["mtp", "vision"], ...] = ()
-    experts: Literal["source", "single"] = "source"
+    experts: Literal["auto", "source", "single"] = "auto"
 
     @field_validator("dtype", mode="before")
     @classmethod
@@ -215,6 +216,11 @@ class Export(Strict):
                 "the classes of conditional generation build a tower whatever the files hold: to drop vision say layout: text"
             )
         return self
+
+    @property
+    def experts_single(self) -> bool:
+        """Whether kept experts are stored one by one."""
+        return self.experts == "single" or (self.experts == "auto" and self.format in {"gptq", "auto-round"})
 
     def dtype_of(self, component: Component) -> Dtype:
         """What the kept weights of a component are stored in."""

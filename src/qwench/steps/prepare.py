@@ -42,7 +42,7 @@ def prepared(recipe: Recipe, source: StoredSource, donor: StoredSource | None) -
     if recipe.gguf:
         return source
     laid = laid_out(source, recipe.export)
-    return one_by_one(laid) if recipe.export.experts == "single" else laid
+    return one_by_one(laid) if recipe.export.experts_single else laid
 
 
 def laid_out(source: StoredSource, export: Export) -> StoredSource:
