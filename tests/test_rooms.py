@@ -39,7 +39,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "steps": LOW | {"display"},
     "display": {"result", "machine"},
     "run": LOW | {"steps", "display"},
-    "cli": LOW | {"steps", "run", "display", "demo"},
+    "reproduce": LOW | {"steps", "run", "display"},
+    "cli": LOW | {"steps", "run", "reproduce", "display", "demo"},
     "__main__": {"cli"},
     "demo": {"errors"},
 }

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from qwench.steps.heads import watch_head
 from qwench.steps.jobs import Job
 from qwench.steps.material import Material, material_for_plan, open_material
 from qwench.steps.plan import Plan, make_plan
+from qwench.steps.provenance import Origin, seal
 from qwench.steps.quantize import do_jobs, errors_of
 from qwench.steps.record import calibration_facts, first_record, pruning_facts
 from qwench.stream.rows import Rows
@@ -67,16 +69,17 @@ def run_recipe(
         UserError: anything that the user can mend, before any work wherever it can be known before.
         KeyboardInterrupt: what is finished stays for the next run.
     """
-    started = time.monotonic()
+    started, began = time.monotonic(), datetime.now(UTC)
     if threads:
         torch.set_num_threads(threads)
     check_output(out, 0)
     material = open_material(recipe, model, donor)
     source, located = material.source, material.located
+    origin = Origin(recipe, located, material.donor_located, accept_any, began)
     if recipe.gguf:
         files = make_gguf_plan(recipe, source, map_of(source), located.name)
         observed = rows_for(recipe, located.path) if recipe.calibrated else None
-        return make_release(files, watch_head(material, changed=True, accept_any=accept_any), out, observed, report, started)
+        return make_release(files, watch_head(material, changed=True, accept_any=accept_any), out, observed, report, started, origin)
     plan = make_plan(recipe, source, map_of(source))
     rows = rows_for(recipe, located.path) if recipe.calibrated else None
     watch = watch_head(material, changed=plan.changed, accept_any=accept_any)
@@ -99,7 +102,7 @@ def run_recipe(
         )
         result = first_record(plan, material, errors_of(writer), facts, calibration)
         result.graft, result.pruning, result.acceptance = grafted, pruning, acceptance
-        writer.commit(_sidecars(plan, material, result))
+        writer.commit(_sidecars(plan, material, result), lambda folder: seal(folder, origin, result))
     return result
 
 

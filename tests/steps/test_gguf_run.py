@@ -140,7 +140,7 @@ def test_a_stopped_run_goes_on_with_the_files_that_are_whole(stop: str, tmp_path
     assert "resumed: 1 of 3 files are kept" in finished.stderr
     names = {p.name for p in (tmp_path / "whole").iterdir()}
     assert names == {p.name for p in (tmp_path / "out").iterdir()}
-    for name in names - {"result.json", "README.md"}:
+    for name in names - {"result.json", "README.md", "provenance.json"}:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 

@@ -16,11 +16,14 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from qwench.errors import OutputError
+
+Seal = Callable[[Path], Mapping[str, bytes]]
+"""From the folder of a finished release, before it gets its name, to files that are put into it last: name -> content."""
 
 OURS = {"lock", "journal.jsonl", "journal.jsonl.new", "files", "walk"}
 

@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from qwench.checkpoint.journal import Journal, read_journal
-from qwench.checkpoint.staging import Staging, check_output, output_errors
+from qwench.checkpoint.staging import Seal, Staging, check_output, output_errors
 from qwench.errors import CheckpointError
 
 CHUNK = 1 << 22
@@ -101,14 +101,17 @@ class WholeFiles:
             self._journal.remark(key, data)
         self.remarks[key] = data
 
-    def commit(self, sidecars: Mapping[str, bytes | Path]) -> None:
-        """Add the other files and let the folder appear."""
+    def commit(self, sidecars: Mapping[str, bytes | Path], seal: Seal | None = None) -> None:
+        """Add the other files, those that `seal` makes of the whole folder last, and let the folder appear."""
         assert not self.left, f"{self.left} were never written"
         for name, content in sidecars.items():
             assert name not in self.sizes and Path(name).name == name
             data = content if isinstance(content, bytes) else _content(content)
             with output_errors(self._staging.files / name):
                 _write(self._staging.files / name, data)
+        for name, made in (seal(self._staging.files) if seal else {}).items():
+            with output_errors(self._staging.files / name):
+                _write(self._staging.files / name, made)
         self._staging.publish()
 
     def _kept(self) -> dict[str, int]:

@@ -35,7 +35,7 @@ from qwench.checkpoint.journal import Journal, read_journal
 from qwench.checkpoint.parts import part_shape
 from qwench.checkpoint.reader import CHUNK
 from qwench.checkpoint.source import DTYPE_CODE, Part, StoredSource, TensorEntry
-from qwench.checkpoint.staging import Staging, check_output, output_errors
+from qwench.checkpoint.staging import Seal, Staging, check_output, output_errors
 from qwench.errors import CheckpointError
 
 __all__ = ["CheckpointWriter", "FileLayout"]
@@ -137,11 +137,12 @@ class CheckpointWriter:
         with self._lock:
             self.remarks[key] = data
 
-    def commit(self, sidecars: Mapping[str, bytes | Path] | None = None) -> None:
+    def commit(self, sidecars: Mapping[str, bytes | Path] | None = None, seal: Seal | None = None) -> None:
         """Add the other files and the index, bring everything to the disk, and let the folder appear.
 
         Args:
             sidecars: file name -> content, or a file to copy.
+            seal: makes files of what lies in the folder when all else is in place: sums over it.
         """
         lacking = self._entries.keys() - self.done
         assert not lacking, f"{len(lacking)} tensors were never written, such as {min(lacking)}"
@@ -152,6 +153,9 @@ class CheckpointWriter:
             data = content if isinstance(content, bytes) else _content(content)
             with output_errors(self._staging.files / name):
                 (self._staging.files / name).parent.mkdir(exist_ok=True)
+                _write_file(self._staging.files / name, data)
+        for name, data in (seal(self._staging.files) if seal else {}).items():
+            with output_errors(self._staging.files / name):
                 _write_file(self._staging.files / name, data)
         for layout in self.files:
             with output_errors(self._staging.files / layout.name):

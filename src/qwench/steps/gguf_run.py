@@ -33,6 +33,7 @@ from qwench.steps.gguf_plan import IMPORTANCE, GgufRelease, PlannedFile
 from qwench.steps.gguf_table import precision_rows
 from qwench.steps.heads import HeadWatch
 from qwench.steps.material import Material
+from qwench.steps.provenance import Origin, seal
 from qwench.steps.record import place_facts, source_facts
 from qwench.stream.importance import importance_walk
 from qwench.stream.rows import Rows
@@ -43,7 +44,9 @@ OBSERVED = "importance"
 """Key of the remark with what the walk over the rows said."""
 
 
-def make_release(plan: GgufRelease, watch: HeadWatch, out: Path, rows: Rows | None, report: Report, started: float) -> Result:
+def make_release(
+    plan: GgufRelease, watch: HeadWatch, out: Path, rows: Rows | None, report: Report, started: float, origin: Origin
+) -> Result:
     """Write every file of the plan, look after its MTP head, and write the record.
 
     Args:
@@ -53,6 +56,7 @@ def make_release(plan: GgufRelease, watch: HeadWatch, out: Path, rows: Rows | No
         rows: calibration rows where the recipe wants importance.
         report: hears of progress, in bytes.
         started: `time.monotonic()` at the start of the command.
+        origin: where all of it comes from, for its provenance.
 
     Raises:
         CheckpointError: a weight cannot be read or is not finite, or a file that the metadata is made from is missing.
@@ -78,7 +82,7 @@ def make_release(plan: GgufRelease, watch: HeadWatch, out: Path, rows: Rows | No
         )  # fmt: skip
         result = _record(plan, material, rows, files, facts, checks)
         result.graft = grafted
-        files.commit(_sidecars(plan, material, result, out.resolve().name))
+        files.commit(_sidecars(plan, material, result, out.resolve().name), lambda folder: seal(folder, origin, result))
     return result
 
 
