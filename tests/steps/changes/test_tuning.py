@@ -63,7 +63,7 @@ def error(live: LiveBlock, rows: Rows) -> float:
 def test_a_layer_is_tuned_where_it_lies(tmp_path: Path, moe: bool, experts: Any) -> None:
     live, rows, schemes = case(tmp_path, moe, experts)
     homes = {name: weight.data_ptr() for name, weight in live.weights.items()}
-    change = Tuning(settings(iterations=20), None, schemes)
+    change = Tuning(settings(iterations=20, start="rounding"), None, schemes)
     rounded = case(tmp_path / "other", moe, experts)[0]
     Rounding(Quantize(rules=(Rule(roles=("*",), scheme="int4"),)), None, schemes)(rounded, rows)
     change(live, rows)
@@ -106,7 +106,7 @@ def test_rows_are_read_a_batch_at_a_time(tmp_path: Path, monkeypatch: pytest.Mon
         return real(self, wanted)
 
     monkeypatch.setattr(type(rows.changed), "pick", pick)
-    Tuning(settings(iterations=2), None, schemes)(live, rows)
+    Tuning(settings(iterations=2, start="rounding"), None, schemes)(live, rows)
     assert most == 3
 
 
@@ -115,7 +115,9 @@ def test_experts_that_no_token_reaches_are_named(tmp_path: Path) -> None:
     experts = {slot.module for slot in live.block.slots if slot.expert is not None}
     # Along one direction: tokens on one side of it go to the first two, those on the other side to the last two.
     live.weights["mlp.gate.weight"].copy_(torch.tensor([3, 2, 0.1, -0.1, -2, -3])[:, None].expand(-1, 128))
-    change = Tuning(settings(iterations=2), None, {module: s for module, s in schemes.items() if module in experts})
+    change = Tuning(
+        settings(iterations=2, start="rounding"), None, {module: s for module, s in schemes.items() if module in experts}
+    )
     change(live, rows)
     said = change.reports["layer 1 autoround, not reached by any token"]
     left = [f"mlp.experts.{e}.{part}_proj" for e in (2, 3) for part in ("down", "gate", "up")]
