@@ -121,7 +121,8 @@ def show_result(result: Result, folder: Path) -> None:
         out.print(table("Release", ["file", "content", "bits per weight", "size"], files))
     became = size(result.bytes) if result.precision else f"{len(result.files)} files, {size(result.bytes)} in all"
     facts = [f"{folder}: {size(result.source.bytes)} became {became}"]
-    facts.append(f"{result.run.seconds:.1f} s, peak memory {size(result.run.peak_rss)}")
+    gpu = f", {size(result.run.peak_vram)} on {result.run.device}" if result.run.peak_vram else ""
+    facts.append(f"{result.run.seconds:.1f} s, peak memory {size(result.run.peak_rss)}{gpu}")
     facts += [line for line in (_graft_line(result), _gate_line(result)) if line]
     if result.errors:
         mean = sum(e.mean_abs for e in result.errors) / len(result.errors)

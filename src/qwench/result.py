@@ -84,10 +84,21 @@ class TensorError(Record):
 
 
 class RunFacts(Record):
+    """What the run that finished took.
+
+    Attributes:
+        resumed_tensors: that an earlier, unfinished run had written.
+        device, compute: where layers ran, and in which numbers.
+        peak_vram: GPU memory held at most; None without a GPU.
+    """
+
     seconds: float
     peak_rss: int
     threads: int
     resumed_tensors: int = 0
+    device: str = "cpu"
+    compute: str = "float32"
+    peak_vram: int | None = None
 
 
 class CalibrationFacts(Record):
@@ -293,7 +304,7 @@ class Evaluation(Record):
         loss_increase: negative log-likelihood of the text, release minus source, nats per token. Paired token by token, its standard error is far
             below those of the perplexities, which documents of different difficulty dominate.
         hidden_error_by_layer: after each decoder layer, ||release - source|| / ||source|| over the hidden states of all rows.
-        seconds, peak_rss: of the evaluation.
+        seconds, peak_rss, device, peak_vram: of the evaluation.
     """
 
     text: str
@@ -315,6 +326,8 @@ class Evaluation(Record):
     hidden_error_by_layer: list[float] = Field(default_factory=list)
     seconds: float = 0.0
     peak_rss: int = 0
+    device: str = "cpu"
+    peak_vram: int | None = None
 
 
 class Verification(Record):

@@ -20,6 +20,7 @@ from qwench.checkpoint.writer import CheckpointWriter
 from qwench.display import Report
 from qwench.machine import peak_rss
 from qwench.models import map_of
+from qwench.models.place import CPU, Place
 from qwench.recipe import Recipe
 from qwench.result import FILE_NAME, CalibrationFacts, Evaluation, Result, RunFacts, Verification, read_result, write_result
 from qwench.steps.calibrate import calibrate, rows_for, split_jobs
@@ -32,7 +33,7 @@ from qwench.steps.material import Material, material_for_plan, open_material
 from qwench.steps.plan import Plan, make_plan
 from qwench.steps.provenance import Origin, seal
 from qwench.steps.quantize import do_jobs, errors_of
-from qwench.steps.record import calibration_facts, first_record, pruning_facts
+from qwench.steps.record import calibration_facts, first_record, place_facts, pruning_facts
 from qwench.stream.rows import Rows
 
 WALK_COPIES = 4
@@ -57,13 +58,15 @@ def _name_of(model: str) -> str:
 
 
 def run_recipe(
-    recipe: Recipe, model: str, out: Path, threads: int, report: Report, donor: str | None = None, accept_any: bool = False
-) -> Result:
+    recipe: Recipe, model: str, out: Path, threads: int, report: Report, donor: str | None = None, accept_any: bool = False,
+    place: Place = CPU,
+) -> Result:  # fmt: skip
     """Make a release: plan, write, measure its MTP head, record.
 
     Args:
         donor: a folder or a hub id, in place of the recipe's.
         accept_any: finish it whatever its head is worth.
+        place: where layers run, and in which numbers.
 
     Raises:
         UserError: anything that the user can mend, before any work wherever it can be known before.
@@ -79,17 +82,18 @@ def run_recipe(
     if recipe.gguf:
         files = make_gguf_plan(recipe, source, map_of(source), located.name)
         observed = rows_for(recipe, located.path) if recipe.calibrated else None
-        return make_release(files, watch_head(material, changed=True, accept_any=accept_any), out, observed, report, started, origin)
+        watch = watch_head(material, changed=True, accept_any=accept_any, place=place)
+        return make_release(files, watch, out, observed, report, started, origin)
     plan = make_plan(recipe, source, map_of(source))
     rows = rows_for(recipe, located.path) if recipe.calibrated else None
-    watch = watch_head(material, changed=plan.changed, accept_any=accept_any)
+    watch = watch_head(material, changed=plan.changed, accept_any=accept_any, place=place)
     fingerprint = plan.fingerprint + source.stamp() + (rows.ids_sha256 if rows else "")
     with CheckpointWriter(out, plan.files, fingerprint, _other_bytes(plan, material, rows)) as writer:
         for note in (*source.notes, *writer.notes, *watch.notes):
             report.note(note)
         resumed = len(writer.done)
         grafted = watch.graft(writer, _layers(plan, report))
-        calibration = _do(plan, source, writer, rows, report)
+        calibration = _do(plan, source, writer, rows, report, place)
         pruning = pruning_facts(plan, writer.remarks)
         for warning in pruning.warnings if pruning else ():
             report.note(warning)
@@ -99,6 +103,7 @@ def run_recipe(
             peak_rss=peak_rss(),
             threads=torch.get_num_threads(),
             resumed_tensors=resumed,
+            **place_facts(place),
         )
         result = first_record(plan, material, errors_of(writer), facts, calibration)
         result.graft, result.pruning, result.acceptance = grafted, pruning, acceptance
@@ -113,7 +118,7 @@ def _layers(plan: Plan, report: Report) -> Callable[[int, int, str], None]:
 
 
 def _do(
-    plan: Plan, source: StoredSource, writer: CheckpointWriter, rows: Rows | None, report: Report
+    plan: Plan, source: StoredSource, writer: CheckpointWriter, rows: Rows | None, report: Report, place: Place
 ) -> CalibrationFacts | None:
     """Everything that the plan asks for; decoder layers by a walk where the recipe reads rows."""
     if rows is None:
@@ -121,7 +126,9 @@ def _do(
         return None
     outside, layers = split_jobs(plan)
     inside, total = sum(job.nbytes for jobs in layers.values() for job in jobs), plan.nbytes
-    found = calibrate(plan, source, writer, rows, lambda done, count, what: report(inside * done // count, total, what))
+    found = calibrate(
+        plan, source, writer, rows, lambda done, count, what: report(inside * done // count, total, what), place=place
+    )
     for layer, row in found.lost_rows:
         report.note(f"calibration row {row} is not finite after layer {layer}: it was left out from there on")
     do_jobs(outside, source, writer, _counter(plan, report, inside))
@@ -189,8 +196,9 @@ def verify_gguf_release(release: Path, engine: str, file: str | None, against: s
 
 
 def evaluate_gguf_release(
-    release: Path, against: str, text: Path | None, documents: int, length: int, report: Report, only: str | None = None
-) -> dict[str, Evaluation]:
+    release: Path, against: str, text: Path | None, documents: int, length: int, report: Report, only: str | None = None,
+    place: Place = CPU,
+) -> dict[str, Evaluation]:  # fmt: skip
     """Measure every language model of a GGUF release against the source, or one file, and add the figures to the record; by file."""
     from qwench.formats.gguf_source import GgufSource
     from qwench.steps.evaluate import evaluate
@@ -209,6 +217,7 @@ def evaluate_gguf_release(
             source,
             rows,
             lambda at, name=name: report(at.block, at.blocks, f"{name}, {at.tokens_per_second:.0f} tokens/s"),  # type: ignore[misc]
+            place,
         )
         if (folder / FILE_NAME).is_file():
             result = read_result(folder)
@@ -219,8 +228,9 @@ def evaluate_gguf_release(
 
 
 def evaluate_release(
-    release: Path, against: str, text: Path | None, documents: int, length: int, report: Report, speculate: int = 0
-) -> Evaluation:
+    release: Path, against: str, text: Path | None, documents: int, length: int, report: Report, speculate: int = 0,
+    place: Place = CPU,
+) -> Evaluation:  # fmt: skip
     """Measure a release against its source and add the figures to the record; `speculate`: tokens that both write with drafts after each row."""
     from qwench.steps.evaluate import evaluate
     from qwench.stream.rows import held_out_rows, rows_from_text
@@ -232,7 +242,8 @@ def evaluate_release(
         locate(against).path,
         rows,
         lambda at: report(at.block, at.blocks, f"{at.tokens_per_second:.0f} tokens/s"),
-        speculate=speculate,
+        place,
+        speculate,
     )
     if (release / FILE_NAME).is_file():
         result = read_result(release)

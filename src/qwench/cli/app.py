@@ -55,6 +55,15 @@ DonorOption = Annotated[
 ]
 ReleaseArgument = Annotated[Path, typer.Argument(metavar="DIR", help="A release that `qwench run` made.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        "--device", metavar="NAME", help="Where layers run: cpu, cuda, cuda:NUMBER; auto is a GPU where there is one."
+    ),
+]
+ComputeOption = Annotated[
+    str | None, typer.Option("--compute", metavar="DTYPE", help="float32 or bfloat16; left out, what suits the device.")
+]
 ThreadsOption = Annotated[int, typer.Option("--threads", min=0, help="Worker threads; 0 is one per core.")]
 
 

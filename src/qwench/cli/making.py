@@ -11,6 +11,8 @@ import typer
 from qwench import display
 from qwench.cli.app import (
     CalibrationOption,
+    ComputeOption,
+    DeviceOption,
     DonorOption,
     JsonOption,
     ModelArgument,
@@ -94,6 +96,8 @@ def run(
     calibration: CalibrationOption = None,
     samples: Annotated[int | None, typer.Option(help="Calibration rows, in place of the recipe's number.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens in each calibration row.")] = None,
+    device: DeviceOption = "auto",
+    compute: ComputeOption = None,
     threads: ThreadsOption = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -101,11 +105,13 @@ def run(
 
     Example: `qwench run nvfp4a16 --model ./Qwen3.5-9B --out ./Qwen3.5-9B-NVFP4A16`
     """
+    from qwench.models.place import memory_is_told, place_of
     from qwench.run import run_recipe
 
+    place = place_of(device, compute)
     made = load_recipe(recipe).calibrated_on(calibration, samples, length)
-    with display.progress("release") as report:
-        result = run_recipe(made, model, out, threads, report, donor, accept_any)
+    with display.progress("release") as report, memory_is_told(place):
+        result = run_recipe(made, model, out, threads, report, donor, accept_any, place)
     if as_json:
         print_json(result.model_dump(mode="json"))
     else:

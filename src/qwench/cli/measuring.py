@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from qwench import display
-from qwench.cli.app import JsonOption, ReleaseArgument, app, print_json
+from qwench.cli.app import DeviceOption, JsonOption, ReleaseArgument, app, print_json
 from qwench.errors import VerificationError
 
 
@@ -29,25 +29,34 @@ def evaluate(
             help="Let both write so many tokens after each document's beginning, with drafts of the MTP head.",
         ),
     ] = 0,
+    device: DeviceOption = "auto",
+    compute: Annotated[
+        str,
+        typer.Option(
+            "--compute", metavar="DTYPE", help="float32 or bfloat16, whose rounding is then part of what is measured."
+        ),
+    ] = "float32",
     as_json: JsonOption = False,
 ) -> None:
     """Measure a release against its source: KL divergence, perplexity, top-1 agreement, acceptance of the MTP head.
 
     Example: `qwench eval ./Qwen3.5-9B-NVFP4A16 --against ./Qwen3.5-9B`
     """
+    from qwench.models.place import memory_is_told, place_of
     from qwench.run import evaluate_gguf_release, evaluate_release
     from qwench.steps.gguf_verify import is_gguf
 
+    place = place_of(device, compute)
     if is_gguf(release):
-        with display.progress("evaluation", unit="blocks") as report:
-            by_file = evaluate_gguf_release(release, against, text, documents, length, report)
+        with display.progress("evaluation", unit="blocks") as report, memory_is_told(place):
+            by_file = evaluate_gguf_release(release, against, text, documents, length, report, place=place)
         if as_json:
             print_json({name: found.model_dump(mode="json") for name, found in by_file.items()})
         else:
             display.show_ladder(by_file)
         return
-    with display.progress("evaluation", unit="blocks") as report:
-        measured = evaluate_release(release, against, text, documents, length, report, speculate)
+    with display.progress("evaluation", unit="blocks") as report, memory_is_told(place):
+        measured = evaluate_release(release, against, text, documents, length, report, speculate, place)
     if as_json:
         print_json(measured.model_dump(mode="json"))
     else:

@@ -50,7 +50,7 @@ class TokenMeasures:
 
 @dataclass(frozen=True)
 class Chunk:
-    """The measures of some consecutive positions, each [positions]."""
+    """The measures of some consecutive positions, each [positions], in main memory."""
 
     divergence: Tensor
     loss_source: Tensor
@@ -69,18 +69,18 @@ def compare_logits(source_PV: Tensor, release_PV: Tensor, next_P: Tensor) -> Chu
     """Both models' logits at the same positions.
 
     Args:
-        source_PV, release_PV: logits [positions, vocabulary], any float dtype.
+        source_PV, release_PV: logits [positions, vocabulary], any float dtype; where they are is where they are compared.
         next_P: int64 [positions], the token that follows.
     """
-    source_PV, release_PV = source_PV.float(), release_PV.float()
+    source_PV, release_PV, next_P = source_PV.float(), release_PV.float(), next_P.to(source_PV.device)
     log_p, log_q = torch.log_softmax(source_PV, dim=-1), torch.log_softmax(release_PV, dim=-1)
     divergence = (log_p.exp() * (log_p - log_q)).sum(dim=-1, dtype=torch.float64)
     return Chunk(
-        divergence.clamp_min_(0),
-        _loss(log_p, next_P),
-        _loss(log_q, next_P),
-        source_PV.argmax(dim=-1),
-        release_PV.argmax(dim=-1),
+        divergence.clamp_min_(0).cpu(),
+        _loss(log_p, next_P).cpu(),
+        _loss(log_q, next_P).cpu(),
+        source_PV.argmax(dim=-1).cpu(),
+        release_PV.argmax(dim=-1).cpu(),
     )
 
 

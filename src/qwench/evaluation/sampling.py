@@ -46,13 +46,14 @@ class Sampling:
             )
 
     def distribution(self, logits: Tensor) -> Tensor:
-        """Probabilities of the next token, float64 [..., V], of logits [..., V]. Raises CheckpointError where these are not finite."""
+        """Probabilities of the next token, float64 [..., V], in main memory, where chance is; of logits [..., V] from anywhere. Raises
+        CheckpointError where these are not finite."""
         if not bool(logits.isfinite().all()):
             raise CheckpointError("logits are not finite", "check the checkpoint: evaluation names the layer where it begins")
         if self.temperature == 0:
             best = logits.argmax(-1, keepdim=True)
-            return torch.zeros_like(logits, dtype=torch.float64).scatter(-1, best, 1.0)
-        scaled = logits.double() / self.temperature
+            return torch.zeros_like(logits, dtype=torch.float64).scatter(-1, best, 1.0).cpu()
+        scaled = logits.cpu().double() / self.temperature
         if 0 < self.top_k < scaled.shape[-1]:
             scaled = scaled.masked_fill(scaled < scaled.topk(self.top_k).values[..., -1:], float("-inf"))
         return nucleus(scaled.softmax(-1), self.top_p)

@@ -28,6 +28,7 @@ from qwench.evaluation.statistics import Mean, clustered_mean
 from qwench.models.decoder import KEPT, Decoder
 from qwench.models.map import ModelMap
 from qwench.models.mtp import MtpHead
+from qwench.models.place import CPU
 from qwench.models.run import Trunk
 
 REPEATS, TIMING = 3, 3.0
@@ -123,7 +124,8 @@ class SpeculationReport:
 def speculate(
     source: TensorSource, map: ModelMap, prompts: Sequence[Sequence[int]], *, tokens: int, drafts: int,
     temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0, stop: Sequence[int] = (),
-    dtype: torch.dtype = torch.float32, keep: int = KEPT, timing: float = TIMING, progress: Callable[[int, int], None] | None = None,
+    dtype: torch.dtype = torch.float32, device: torch.device = CPU.device, keep: int = KEPT, timing: float = TIMING,
+    progress: Callable[[int, int], None] | None = None,
 ) -> SpeculationReport:  # fmt: skip
     """Generate after each prompt with drafts of the checkpoint's own MTP head.
 
@@ -136,7 +138,7 @@ def speculate(
         temperature, top_k, top_p: see `Sampling`; the same for trunk and head.
         seed: of the source of chance.
         stop: tokens that end a row.
-        dtype: what to compute in.
+        dtype, device: what to compute in, and on.
         keep: bytes of the trunk's weights that may stay in memory; the others are read for every forward.
         timing: seconds to spend on measuring what the steps cost; few of them measure little on a busy machine.
         progress: called with (rows done, rows) after each.
@@ -147,8 +149,8 @@ def speculate(
         UserError: sampling parameters out of range.
     """
     assert prompts and tokens >= 1 and drafts >= 1
-    sampling, head = Sampling(temperature, top_k, top_p), MtpHead(source, map, dtype)
-    decoder = Decoder(Trunk(source, map, dtype), keep)
+    sampling, head = Sampling(temperature, top_k, top_p), MtpHead(source, map, dtype, device)
+    decoder = Decoder(Trunk(source, map, dtype, device), keep)
     rows, begun, spent = list[Generated](), time.monotonic(), 0.0
     for number, prompt in enumerate(prompts):
         model, drafter = decoder.begin(), head.begin()
@@ -189,4 +191,6 @@ def step_costs(model: Model, drafter: Drafter, drafts: int, timing: float = TIMI
 def _seconds(step: Callable[[], None]) -> float:
     begun = time.perf_counter()
     step()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # a GPU is told what to do, and does it later
     return time.perf_counter() - begun

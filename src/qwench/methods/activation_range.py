@@ -65,7 +65,7 @@ class Examples:
 
     def add(self, blocks: Tensor, orders: Tensor) -> None:
         """Take in blocks [M, 16] of these orders, int64 [M]."""
-        keys = torch.rand(len(blocks), generator=self.generator)
+        keys, orders = torch.rand(len(blocks), generator=self.generator), orders.cpu()
         limits = torch.full((ORDERS,), torch.inf)
         for order, kept in self.keys.items():
             if len(kept) == EXAMPLES:
@@ -73,7 +73,7 @@ class Examples:
         new = (keys < limits[orders]).nonzero().flatten()
         for order in torch.unique(orders[new]).tolist():
             mine = new[orders[new] == order]
-            self._merge(order, blocks[mine], keys[mine])
+            self._merge(order, blocks[mine.to(blocks.device)].cpu(), keys[mine])
 
     def __add__(self, other: Examples) -> Examples:
         both = Examples()
@@ -115,7 +115,7 @@ class BlockSizes:
         blocks = inputs_NI.float().reshape(-1, GROUP)
         largest = blocks.abs().amax(1)
         bins = largest.view(torch.int32).bitwise_right_shift(SHIFT).long()
-        self.counts += torch.bincount(bins, minlength=BINS)
+        self.counts += torch.bincount(bins, minlength=BINS).cpu()
         self.tokens += len(inputs_NI)
         self.amax = max(self.amax, float(largest.max()))
         if self.examples is not None:

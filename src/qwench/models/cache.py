@@ -107,9 +107,10 @@ class DeltaStates:
         self.length = length
 
 
-def causal_mask(count: int, length: int) -> Tensor | None:
+def causal_mask(count: int, length: int, device: torch.device | None = None) -> Tensor | None:
     """Which of `length` positions each of the last `count` may read: bool [1, 1, count, length]; None where attention's own rule says the same (one query, or
     no positions before the first)."""
     if count in (1, length):
         return None
-    return (torch.arange(length) <= torch.arange(length - count, length)[:, None])[None, None]
+    places = torch.arange(length, device=device)
+    return (places <= places[length - count :, None])[None, None]

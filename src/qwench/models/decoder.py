@@ -67,12 +67,17 @@ class Decoder:
         if self._head is None and self._fits(math.prod(self._head_shape())):
             self._head = self.trunk.head_weight().to(self.trunk.dtype)
             self.trunk.free()
-        return self.trunk.logits(hidden) if self._head is None else F.linear(hidden.to(self.trunk.dtype), self._head)
+        return (
+            self.trunk.logits(hidden)
+            if self._head is None
+            else F.linear(hidden.to(self.trunk.device, self.trunk.dtype), self._head)
+        )
 
     def norm(self, hidden: Tensor) -> Tensor:
         """The final norm of hidden states [..., D]."""
         if self._norm is None:
-            self._norm = read_slot(self.trunk.source, self.trunk.map.other("norm.final"), self.trunk.dtype)
+            norm, device = self.trunk.map.other("norm.final"), self.trunk.device
+            self._norm = read_slot(self.trunk.source, norm, self.trunk.dtype, device)
         return lend(self.trunk.modules.norm, {"weight": self._norm}, hidden)
 
     def layer(self, index: int) -> Any:
@@ -82,7 +87,8 @@ class Decoder:
         block = self.trunk.map.blocks[index]
         layer = self.trunk.modules.new_layer(block.kind)
         stem = f"{self.trunk.map.prefix}layers.{index}."
-        layer.load_state_dict(read_block(self.trunk.source, block, stem, self.trunk.dtype), assign=True)
+        weights = read_block(self.trunk.source, block, stem, self.trunk.dtype, self.trunk.device)
+        layer.load_state_dict(weights, assign=True)
         round_inputs(layer, block.slots, stem, rounded_inputs(self.trunk.source, block.slots))
         if self._fits(_parameters(block)):
             self._layers[index] = layer
@@ -125,14 +131,14 @@ class Reading:
             keep: so that `rewind` can go back to any position from the first of them on. Memory: one recurrent state for each token and layer.
 
         Returns:
-            Hidden states after the final norm, [T, D].
+            Hidden states after the final norm, [T, D], on the device.
 
         Raises:
             CheckpointError: a token outside of the vocabulary, or from the source.
         """
         assert tokens, "there is nothing to read"
         trunk = self.decoder.trunk
-        hidden = trunk.embed(torch.tensor([tokens]))
+        hidden = trunk.embed(torch.tensor([tokens])).to(trunk.device)
         positions = text_positions(self.length + len(tokens))[..., self.length :]
         rope = trunk.modules.rope(positions, hidden)
         for index, block in enumerate(trunk.map.blocks):
@@ -157,7 +163,7 @@ class Reading:
 
     def _attention(self, index: int, layer: Any, hidden: Tensor, rope: tuple[Tensor, Tensor], keep: bool) -> Tensor:
         memory = self._memories.setdefault(index, KeyValues())
-        mask = causal_mask(hidden.shape[1], self.length + hidden.shape[1])
+        mask = causal_mask(hidden.shape[1], self.length + hidden.shape[1], hidden.device)
         result: Tensor = layer(hidden, position_embeddings=rope, attention_mask=mask, past_key_values=memory)
         return result
 

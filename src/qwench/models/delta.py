@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
-from transformers.models.qwen3_5.modeling_qwen3_5 import torch_chunk_gated_delta_rule, torch_recurrent_gated_delta_rule
+from transformers.models.qwen3_5 import modeling_qwen3_5 as dense
 
 from qwench.models.cache import DeltaState
-from qwench.models.modules import quiet
+from qwench.models.kernels import kernels_for
 
 
 def first_state(mixer: Any) -> DeltaState:
     """What a Gated DeltaNet layer of transformers knows before the first position."""
     weight = mixer.conv1d.weight
-    return DeltaState(torch.zeros(1, weight.shape[0], weight.shape[-1] - 1, dtype=weight.dtype))
+    return DeltaState(torch.zeros(1, weight.shape[0], weight.shape[-1] - 1, dtype=weight.dtype, device=weight.device))
 
 
 def read_delta(mixer: Any, normed_1TD: Tensor, state: DeltaState, every: bool) -> tuple[Tensor, dict[int, DeltaState]]:
@@ -49,7 +49,7 @@ def read_delta(mixer: Any, normed_1TD: Tensor, state: DeltaState, every: bool) -
         beta=mixer.in_proj_b(normed_1TD).sigmoid(),
     )
     heads = _convolved(mixer, inputs)
-    with quiet():
+    with kernels_for(normed_1TD):
         read, recurrent = (_by_position if every or count == 1 else _by_chunk)(heads | gates, state.recurrent)
     kept = {n: DeltaState(_last_inputs(mixer, inputs, n), matrix) for n, matrix in recurrent.items()}
     gate = mixer.in_proj_z(normed_1TD).view(-1, mixer.head_v_dim)
@@ -77,7 +77,7 @@ def _by_position(heads: dict[str, Tensor], matrix: Tensor | None) -> tuple[Tenso
     read, after = [], {}
     for t in range(heads["query"].shape[1]):
         here = {name: x[:, t : t + 1] for name, x in heads.items()}
-        out, matrix = torch_recurrent_gated_delta_rule(
+        out, matrix = dense.torch_recurrent_gated_delta_rule(
             **here, initial_state=matrix, output_final_state=True, use_qk_l2norm_in_kernel=True
         )
         read.append(out)
@@ -87,7 +87,7 @@ def _by_position(heads: dict[str, Tensor], matrix: Tensor | None) -> tuple[Tenso
 
 def _by_chunk(heads: dict[str, Tensor], matrix: Tensor | None) -> tuple[Tensor, dict[int, Tensor]]:
     """The same for a long stretch, with the matrix after its last position alone."""
-    read, matrix = torch_chunk_gated_delta_rule(
+    read, matrix = dense.torch_chunk_gated_delta_rule(
         **heads, initial_state=matrix, output_final_state=True, use_qk_l2norm_in_kernel=True
     )
     return read, {heads["query"].shape[1]: matrix}

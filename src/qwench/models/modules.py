@@ -6,9 +6,7 @@ whole. The classes themselves are used as they are, so what we run is what trans
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import Qwen3_5Moe
 
 from qwench.errors import CheckpointError
 from qwench.models.geometry import LayerKind, text_config
+from qwench.models.kernels import kernels_for, quiet
 from qwench.models.map import ModelMap
 
 DROPPED = {"quantization_config", "architectures", "model_type", "dtype", "torch_dtype", "layer_types"}
@@ -68,8 +67,8 @@ class Modules:
         return made.eval()
 
     def rope(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [rows, length, rotary] of positions [3, rows, length] (time, height, width), in the dtype of `like`."""
-        cosine, sine = self.rotary(like, positions)
+        """Cosines and sines [rows, length, rotary] of positions [3, rows, length] (time, height, width), in the dtype and on the device of `like`."""
+        cosine, sine = self.rotary(like, positions.to(like.device))
         return cosine, sine
 
     def _settings(self, kinds: list[LayerKind]) -> Any:
@@ -88,7 +87,7 @@ class Modules:
 
 def lend(module: nn.Module, weights: Mapping[str, Tensor], *inputs: Tensor, **named: Any) -> Tensor:
     """Call a weightless module with these weights; it keeps none of them."""
-    with quiet():
+    with kernels_for(inputs[0]):
         result: Tensor = functional_call(module, dict(weights), inputs, named, strict=True)
     return result
 
@@ -96,18 +95,3 @@ def lend(module: nn.Module, weights: Mapping[str, Tensor], *inputs: Tensor, **na
 def text_positions(length: int) -> Tensor:
     """Positions of text, where time, height and width are the same number: int64 [3, 1, length]."""
     return torch.arange(length).expand(3, 1, length)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Drop the lines in which transformers says that it uses its own PyTorch implementation: here that is meant so."""
-
-    def unasked(record: logging.LogRecord) -> bool:
-        return "falling back to its reference PyTorch implementation" not in record.getMessage()
-
-    logger = logging.getLogger("transformers.integrations.hub_kernels")
-    logger.addFilter(unasked)
-    try:
-        yield
-    finally:
-        logger.removeFilter(unasked)

@@ -29,6 +29,7 @@ from qwench.models.cache import KeyValues, causal_mask
 from qwench.models.inputs import round_inputs, rounded_inputs
 from qwench.models.map import ModelMap
 from qwench.models.modules import Modules, lend, text_positions
+from qwench.models.place import CPU
 from qwench.models.weights import read_block, read_slot
 from qwench.numerics import InputRounding
 
@@ -69,19 +70,21 @@ class HeadReading:
 
 
 class MtpHead:
-    """The head of a checkpoint; it keeps its weights from first use until `free`: one layer and fc.
+    """The head of a checkpoint; it keeps its weights from first use until `free`: one layer and fc. Hidden states that it reads may be anywhere; its own are on its device.
 
     Raises:
         CheckpointError: the checkpoint has no head, or one of several layers.
     """
 
-    def __init__(self, source: TensorSource, map: ModelMap, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, source: TensorSource, map: ModelMap, dtype: torch.dtype = torch.float32, device: torch.device = CPU.device
+    ) -> None:
         if len(map.mtp) != 1:
             what = f"its MTP head has {len(map.mtp)} layers" if map.mtp else "it has no MTP head"
             raise CheckpointError(
                 f"{source.folder}: {what}, one layer can be run", "take the mtp.* tensors of the original checkpoint"
             )
-        self.source, self.map, self.dtype = source, map, dtype
+        self.source, self.map, self.dtype, self.device = source, map, dtype, device
         self.modules = Modules(source.config, map)
         self._layer: Any = None
         self._own: dict[str, Tensor] = {}
@@ -105,9 +108,7 @@ class MtpHead:
         self._load()
         positions = text_positions(length).expand(3, len(hidden_BTD), length) if positions_3BT is None else positions_3BT
         rows = [
-            self._row(
-                hidden_BTD[b : b + 1].to(self.dtype), embedded_BTD[b : b + 1].to(self.dtype), steps, positions[:, b : b + 1]
-            )
+            self._row(self._here(hidden_BTD[b : b + 1]), self._here(embedded_BTD[b : b + 1]), steps, positions[:, b : b + 1])
             for b in range(len(hidden_BTD))
         ]
         return [torch.cat(step) for step in zip(*rows, strict=True)]
@@ -119,15 +120,18 @@ class MtpHead:
     @torch.no_grad()
     def extend(self, hidden_1TD: Tensor, embedded_1TD: Tensor, memory: KeyValues) -> Tensor:
         """Hidden states of the head [1, T, D] for the positions that follow those in `memory`, to which their entries are added."""
-        x = self.combine(hidden_1TD.to(self.dtype), embedded_1TD.to(self.dtype))
+        x = self.combine(self._here(hidden_1TD), self._here(embedded_1TD))
         end = memory.length + x.shape[1]
         rope = self.modules.rope(text_positions(end)[..., memory.length :], x)
-        mask = causal_mask(x.shape[1], end)
+        mask = causal_mask(x.shape[1], end, self.device)
         return self._norm("final", self._layer(x, position_embeddings=rope, attention_mask=mask, past_key_values=memory))
 
     def free(self) -> None:
         """Let go of the weights; the next use reads them again."""
         self._layer, self._own = None, {}
+
+    def _here(self, x: Tensor) -> Tensor:
+        return x.to(self.device, self.dtype)
 
     def _row(self, hidden: Tensor, embedded: Tensor, steps: int, positions: Tensor) -> list[Tensor]:
         found: list[Tensor] = []
@@ -170,9 +174,11 @@ class MtpHead:
 
     def _load(self) -> None:
         if self._layer is None:
-            self._own = {s.role: read_slot(self.source, s, self.dtype) for s in self.map.others if s.role.startswith("mtp.")}
+            self._own = {
+                s.role: read_slot(self.source, s, self.dtype, self.device) for s in self.map.others if s.role.startswith("mtp.")
+            }
             layer, block, fc = self.modules.new_layer("full_attention"), self.map.mtp[0], self.map.other("mtp.fc")
-            layer.load_state_dict(read_block(self.source, block, "mtp.layers.0.", self.dtype), assign=True)
+            layer.load_state_dict(read_block(self.source, block, "mtp.layers.0.", self.dtype, self.device), assign=True)
             round_inputs(layer, block.slots, "mtp.layers.0.", rounded_inputs(self.source, block.slots))
             self._layer, self._fc_rounding = layer, rounded_inputs(self.source, [fc]).get(fc.module)
 
@@ -192,7 +198,8 @@ def attend(query_BHTA: Tensor, cache: list[KeysValues], scaling: float) -> Tenso
         stop = min(start + QUERIES, count)
         query = query_BHTA[:, :, start:stop]
         scores = query @ first[0][:, :, :stop].transpose(2, 3) * scaling
-        future = torch.arange(stop) > torch.arange(start, stop)[:, None]
+        places = torch.arange(stop, device=query.device)
+        future = places > places[start:, None]
         own = [(query * keys[:, :, start:stop]).sum(-1, keepdim=True) * scaling for keys, _ in later]
         weights = (
             torch.cat([scores.masked_fill(future, float("-inf")), *own], dim=-1)

@@ -23,6 +23,7 @@ from qwench.errors import CheckpointError, UserError
 from qwench.models.inputs import rounded_inputs, rounding_inputs
 from qwench.models.map import ModelMap
 from qwench.models.modules import Modules, lend, text_positions
+from qwench.models.place import CPU
 from qwench.models.weights import read_block, read_rows, read_slot
 
 POSITIONS = 4096
@@ -38,16 +39,19 @@ class Trunk:
         source: where the weights are.
         map: which of them does what.
         dtype: what to compute in: float32 or bfloat16.
+        device: what to compute on. Hidden states come back to where they came from; logits stay on it.
 
     Raises:
         UserError: float16.
         CheckpointError: transformers refuses the config.
     """
 
-    def __init__(self, source: TensorSource, map: ModelMap, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, source: TensorSource, map: ModelMap, dtype: torch.dtype = torch.float32, device: torch.device = CPU.device
+    ) -> None:
         if dtype not in (torch.float32, torch.bfloat16):
             raise UserError(f"{dtype} cannot hold the intermediate values of Gated DeltaNet", "compute in float32 or bfloat16")
-        self.source, self.map, self.dtype = source, map, dtype
+        self.source, self.map, self.dtype, self.device = source, map, dtype, device
         self.modules = Modules(source.config, map)
         self._head: Tensor | None = None
 
@@ -57,7 +61,7 @@ class Trunk:
         return self.map.other("embed").shape[0]
 
     def embed(self, ids_BT: Tensor) -> Tensor:
-        """Embeddings [B, T, D] of token ids; only the rows that occur are read. Raises CheckpointError for an id outside of the vocabulary."""
+        """Embeddings [B, T, D] of token ids, on the processor; only the rows that occur are read. Raises CheckpointError for an id outside of the vocabulary."""
         if ids_BT.numel() and not 0 <= int(ids_BT.min()) <= int(ids_BT.max()) < self.vocabulary:
             raise CheckpointError(
                 f"token ids run from {int(ids_BT.min())} to {int(ids_BT.max())}, the embedding has {self.vocabulary} rows",
@@ -77,7 +81,8 @@ class Trunk:
             CheckpointError: from the source.
         """
         block, stem = self.map.blocks[index], f"{self.map.prefix}layers.{index}."
-        weights, rounded = read_block(self.source, block, stem, self.dtype), rounded_inputs(self.source, block.slots)
+        weights = read_block(self.source, block, stem, self.dtype, self.device)
+        rounded = rounded_inputs(self.source, block.slots)
         layer, hidden_BTD = self.modules.layer(block.kind), hidden_BTD.to(self.dtype)
         rows, length, _ = hidden_BTD.shape
         positions = text_positions(length).expand(3, rows, length) if positions_3BT is None else positions_3BT
@@ -85,14 +90,15 @@ class Trunk:
         with rounding_inputs(layer, block.slots, stem, rounded):
             for first in range(0, rows, at_once):
                 some = slice(first, first + at_once)
-                rope = self.modules.rope(positions[:, some], hidden_BTD)
-                result[some] = lend(layer, weights, hidden_BTD[some], position_embeddings=rope, attention_mask=None)
+                here = hidden_BTD[some].to(self.device)
+                rope = self.modules.rope(positions[:, some], here)
+                result[some] = lend(layer, weights, here, position_embeddings=rope, attention_mask=None)
         return result
 
     @torch.no_grad()
     def norm(self, hidden: Tensor) -> Tensor:
-        """The final norm of hidden states [..., D]."""
-        weight = read_slot(self.source, self.map.other("norm.final"), self.dtype)
+        """The final norm of hidden states [..., D], where they are."""
+        weight = read_slot(self.source, self.map.other("norm.final"), self.dtype, hidden.device)
         return lend(self.modules.norm, {"weight": weight}, hidden.to(self.dtype))
 
     def forward(self, ids_BT: Tensor, positions_3BT: Tensor | None = None, embedded_BTD: Tensor | None = None) -> Tensor:
@@ -105,35 +111,35 @@ class Trunk:
     @torch.no_grad()
     def logit_parts(self, hidden: Tensor, rows: int = VOCABULARY_ROWS) -> Iterator[tuple[slice, Tensor]]:
         """Logits of normed hidden states [..., D], a part of the vocabulary at a time: (its tokens, [..., tokens]), in the compute dtype."""
-        head, hidden = self.head_weight(), hidden.to(self.dtype)
+        head, hidden = self.head_weight(), hidden.to(self.device, self.dtype)
         for first in range(0, len(head), rows):
             part = slice(first, min(first + rows, len(head)))
             yield part, F.linear(hidden, head[part].to(self.dtype))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of normed hidden states [..., D], in the compute dtype. All of them at once: pass a few positions at a time."""
-        result = torch.empty(*hidden.shape[:-1], self.vocabulary, dtype=self.dtype)
+        result = torch.empty(*hidden.shape[:-1], self.vocabulary, dtype=self.dtype, device=self.device)
         for part, values in self.logit_parts(hidden):
             result[..., part] = values
         return result
 
     def greedy(self, hidden: Tensor) -> Tensor:
-        """The most likely token of normed hidden states [..., D], int64 [...], without ever holding all logits."""
-        best = torch.full(hidden.shape[:-1], float("-inf"), dtype=self.dtype)
-        token = torch.zeros(hidden.shape[:-1], dtype=torch.int64)
+        """The most likely token of normed hidden states [..., D], int64 [...], on the processor, without ever holding all logits."""
+        best = torch.full(hidden.shape[:-1], float("-inf"), dtype=self.dtype, device=self.device)
+        token = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=self.device)
         for part, values in self.logit_parts(hidden):
             highest, where = values.max(-1)
             better = highest > best
             best, token = torch.where(better, highest, best), torch.where(better, where + part.start, token)
-        return token
+        return token.cpu()
 
     def free(self) -> None:
         """Let go of the head, which is otherwise kept (as it is stored) after its first use."""
         self._head = None
 
     def head_weight(self) -> Tensor:
-        """The matrix [V, D] that makes logits, as it is stored; kept until `free`."""
+        """The matrix [V, D] that makes logits, as it is stored, on the device; kept until `free`."""
         if self._head is None:
             slot = self.map.other("embed" if self.map.tied else "head")
-            self._head = self.source.read(slot.tensor, slot.part)
+            self._head = self.source.read(slot.tensor, slot.part).to(self.device)
         return self._head

@@ -16,16 +16,19 @@ FUSED = {
 """Where an expert's matrix lies in the 3-D parameters of the transformers classes: the parameter, which part of its rows, of how many."""
 
 
-def read_slot(source: TensorSource, slot: Slot, dtype: torch.dtype) -> Tensor:
-    """One logical weight, of the slot's shape. Raises CheckpointError."""
-    return source.read(slot.tensor, slot.part).to(dtype)
+def read_slot(source: TensorSource, slot: Slot, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+    """One logical weight, of the slot's shape; None: on the processor. Raises CheckpointError."""
+    return source.read(slot.tensor, slot.part).to(device, dtype)
 
 
-def read_block(source: TensorSource, block: Block, stem: str, dtype: torch.dtype) -> dict[str, Tensor]:
+def read_block(
+    source: TensorSource, block: Block, stem: str, dtype: torch.dtype, device: torch.device | None = None
+) -> dict[str, Tensor]:
     """A decoder layer's weights by the parameter names of the transformers class, experts fused.
 
     Args:
         stem: what the layer's tensors' names begin with: `model.layers.3.`.
+        device: where they go, one after the other; None: the processor.
 
     Raises:
         CheckpointError: from the source.
@@ -34,13 +37,13 @@ def read_block(source: TensorSource, block: Block, stem: str, dtype: torch.dtype
     experts = 1 + max((s.expert for s in block.slots if s.expert is not None), default=-1)
     for slot in block.slots:
         if slot.expert is None:
-            weights[slot.tensor.removeprefix(stem)] = read_slot(source, slot, dtype)
+            weights[slot.tensor.removeprefix(stem)] = read_slot(source, slot, dtype, device)
             continue
         name, part, parts = FUSED[slot.role.rpartition(".")[2]]
         rows, columns = slot.shape
         if name not in weights:
-            weights[name] = torch.empty(experts, parts * rows, columns, dtype=dtype)
-        weights[name][slot.expert, part * rows : (part + 1) * rows] = read_slot(source, slot, dtype)
+            weights[name] = torch.empty(experts, parts * rows, columns, dtype=dtype, device=device)
+        weights[name][slot.expert, part * rows : (part + 1) * rows] = read_slot(source, slot, dtype, device)
     return weights
 
 

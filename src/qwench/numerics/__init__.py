@@ -44,15 +44,16 @@ def encode(weight: Tensor, scheme: Scheme, outer: Tensor | None = None, scale_dt
     """Rounds a matrix to the nearest codes of a scheme.
 
     Args:
-        weight: [out, in], any floating dtype, all values finite (the caller checks: see `finite`); need not be contiguous.
+        weight: [out, in], any floating dtype, on any device, all values finite (the caller checks: see `finite`); need not be contiguous.
         scheme: one that `complaint` has nothing against for this shape.
         outer: float32 [1], `nvfp4` only: the divisor of the fused set, see `outer_scale`. None: of this matrix alone.
         scale_dtype: what `int` and `fp8` scales are stored in.
 
     Returns:
-        Codes, scales and the round-trip error. Runs on `torch.get_num_threads()` threads; the result does not depend on how many.
+        Codes, scales and the round-trip error, in main memory. Runs on `torch.get_num_threads()` threads; the result does not depend on how many.
     """
     assert (wrong := complaint(scheme, tuple(weight.shape))) is None, wrong
+    weight = weight.cpu()
     if scheme.kind == "int":
         return encode_integer(weight, scheme, scale_dtype)
     if scheme.kind == "nvfp4":

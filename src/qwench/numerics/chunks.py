@@ -26,6 +26,9 @@ from qwench.numerics.quantized import RoundTrip
 TILE_ELEMENTS = 1 << 17
 """Elements in a tile: float32 buffers of 512 KiB. Smaller tiles lose more to the overhead of the calls than they win in the cache."""
 
+DEVICE_ELEMENTS = 1 << 24
+"""On a GPU, which wants large pieces and does its own sharing out."""
+
 INT_OF = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """The integer type whose bits are looked at, by bytes per element."""
 
@@ -43,8 +46,9 @@ class Tile:
 
 @dataclass
 class Workspace:
-    """Buffers of one worker, by name; handed out again and again."""
+    """Buffers of one worker, by name; handed out again and again. `device` is where they are."""
 
+    device: torch.device = torch.device("cpu")  # noqa: RUF009  a constant
     buffers: dict[tuple[str, torch.dtype], Tensor] = field(default_factory=dict)
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -52,7 +56,7 @@ class Workspace:
         size = math.prod(shape)
         have = self.buffers.get((name, dtype))
         if have is None or have.numel() < size:
-            have = self.buffers[name, dtype] = torch.empty(size, dtype=dtype)
+            have = self.buffers[name, dtype] = torch.empty(size, dtype=dtype, device=self.device)
         return have[:size].view(shape)
 
 
@@ -111,10 +115,11 @@ def work_through(
 
     Tile edges are multiples of `height` rows and `width` columns (None: whole rows). Answers come in the order of the tiles.
     """
-    pieces = list(tiles(matrix.shape[0], matrix.shape[1], height, width))
-    threads = min(torch.get_num_threads(), len(pieces))
+    on_cpu = matrix.device.type == "cpu"
+    pieces = list(tiles(matrix.shape[0], matrix.shape[1], height, width, TILE_ELEMENTS if on_cpu else DEVICE_ELEMENTS))
+    threads = min(torch.get_num_threads(), len(pieces)) if on_cpu else 1
     if threads <= 1:
-        workspace = Workspace()
+        workspace = Workspace(matrix.device)
         return [work(tile, workspace) for tile in pieces]
     share = math.ceil(len(pieces) / threads)
 
@@ -155,6 +160,8 @@ def largest_magnitude(weight: Tensor) -> float:
     """
     if not weight.numel():
         return 0.0
+    if weight.device.type != "cpu":
+        return float(weight.abs().amax())
     matrix = weight.reshape(1, -1) if weight.dim() < 2 else weight.flatten(0, -2)
     bits = matrix.view(INT_OF[matrix.element_size()])
     mask = torch.iinfo(bits.dtype).max

@@ -21,6 +21,7 @@ from qwench.checkpoint.source import TORCH_DTYPE, StoredSource
 from qwench.checkpoint.writer import CheckpointWriter
 from qwench.errors import CheckpointError
 from qwench.models.map import Slot
+from qwench.models.place import CPU, Place
 from qwench.models.pruned import Pruned
 from qwench.recipe import Recipe
 from qwench.steps.changes import ActivationRanges, Pruning, Rounding, Smoothing, Tuning
@@ -36,10 +37,10 @@ from qwench.stream.walk import Change, Tell, Walk, walk
 MTP = "mtp."
 REPORT = "report "
 """What the keys of remarks about methods begin with."""
-
-
 PRUNED = "pruned "
 """What the keys of remarks about the experts of a layer begin with."""
+
+
 @dataclass
 class Calibrated:
     """What a walk found out.
@@ -62,10 +63,10 @@ def rows_for(recipe: Recipe, folder: Path) -> Rows:
 def walks_head(plan: Plan) -> bool:
     """Whether the walk goes on into the MTP head: a method that reads rows, or smoothing, changes weights of it, its experts are pruned, or the range of what its weights read is to be found."""
     recipe = plan.recipe
-    smoothed = recipe.smooth is not None and any(fold.startswith(MTP) for fold in recipe.smooth.folds)
-    tuned = recipe.quantize is not None and recipe.quantize.method != "rtn"
     if plan.map.mtp and recipe.prune:
         return True
+    smoothed = recipe.smooth is not None and any(fold.startswith(MTP) for fold in recipe.smooth.folds)
+    tuned = recipe.quantize is not None and recipe.quantize.method != "rtn"
     found = (plan.schemes.get(slot.module) for slot in plan.map.slots() if slot.role.startswith(MTP))
     return bool(plan.map.mtp) and (smoothed or any(s is not None and (tuned or s.activations == "nvfp4") for s in found))
 
@@ -87,10 +88,10 @@ def split_jobs(plan: Plan) -> tuple[list[Job], dict[int, list[Job]]]:
 def changes_of(recipe: Recipe, plan: Plan) -> list[Change]:
     """The recipe's calibrated steps, in order."""
     changes: list[Change] = []
-    if recipe.smooth:
-        changes.append(Smoothing(recipe.smooth, plan.schemes, plan.source))
     if recipe.prune and isinstance(plan.source, Pruned):
         changes.append(Pruning(recipe.prune, plan.source, plan.map))
+    if recipe.smooth:
+        changes.append(Smoothing(recipe.smooth, plan.schemes, plan.source))
     if recipe.quantize:
         tuned = recipe.quantize.method == "autoround"
         changes.append((Tuning if tuned else Rounding)(recipe.quantize, recipe.correct, plan.schemes))
@@ -99,35 +100,37 @@ def changes_of(recipe: Recipe, plan: Plan) -> list[Change]:
     return changes
 
 
-def calibrate(plan: Plan, source: StoredSource, writer: CheckpointWriter, rows: Rows, tell: Tell, batch: int = 4) -> Calibrated:
+def calibrate(
+    plan: Plan, source: StoredSource, writer: CheckpointWriter, rows: Rows, tell: Tell, batch: int = 4, place: Place = CPU
+) -> Calibrated:
     """Walk the rows through the network and write its decoder layers.
+
+    Args:
+        source: what the plan was made from, experts that are pruned included.
 
     Raises:
         CheckpointError: from the source; or the hidden states of more than a tenth of the rows are not finite.
         OutputError: from the disk.
     """
-    Args:
-        source: what the plan was made from, experts that are pruned included.
-
     _, layers = split_jobs(plan)
     width = plan.map.other("embed").shape[1]
     depth = len(plan.map.blocks)
     files = HiddenFiles(writer.scratch, (*rows.ids.shape, width), torch.bfloat16, depth)
-    settings = Walk(changes_of(plan.recipe, plan), mtp=walks_head(plan), batch=batch)
+    settings = Walk(changes_of(plan.recipe, plan), mtp=walks_head(plan), batch=batch, place=place)
     _forget_what_is_not_proved(files, settings, layers, writer)
+    whole, map, stored = (s.whole, s.whole_map, s) if isinstance(s := plan.source, Pruned) else (source, plan.map, source)
 
     def emit(live: LiveBlock) -> None:
         for change in settings.changes:
             for key, says in getattr(change, "reports", {}).items():
-    whole, map, stored = (s.whole, s.whole_map, s) if isinstance(s := plan.source, Pruned) else (source, plan.map, source)
                 if REPORT + key not in writer.remarks:
                     writer.remark(REPORT + key, {"says": says})
+            if isinstance(change, Pruning):
+                writer.remark(PRUNED + live.label, change.found[live.label].model_dump())
         for job in layers[depth if live.block.component == "mtp" else live.block.index]:
             write_job(job, live, stored, writer)
 
     walk(settings, whole, map, rows.ids, files, emit, tell)
-            if isinstance(change, Pruning):
-                writer.remark(PRUNED + live.label, change.found[live.label].model_dump())
     reports = {key.removeprefix(REPORT): str(data["says"]) for key, data in writer.remarks.items() if key.startswith(REPORT)}
     return Calibrated(reports, settings.lost)
 
@@ -155,7 +158,7 @@ def write_job(job: Job, live: LiveBlock, source: StoredSource, writer: Checkpoin
     elif job.copied:
         slots = [s for s in live.block.slots if s.tensor == job.copied.name]
         if any(s.module in live.altered for s in slots):
-            altered = stored_form(live, slots).to(TORCH_DTYPE[job.outputs[0].dtype])
+            altered = stored_form(live, slots).to("cpu", TORCH_DTYPE[job.outputs[0].dtype])
             _check_finite(job.copied.name, live, bool(altered.isfinite().all()))
             writer.write(job.copied.name, altered)
         else:

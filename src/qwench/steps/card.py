@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from qwench.errors import CheckpointError, OutputError
 from qwench.models.facts import component_of
-from qwench.result import Acceptance, Estimate, Evaluation, Result, TensorError, read_result
+from qwench.result import Acceptance, Estimate, Evaluation, Result, RunFacts, TensorError, read_result
 from qwench.steps.card_engines import engine_sections
 from qwench.steps.card_heads import gate_values, graft_values
 from qwench.steps.card_plots import draw_plots, size_text
@@ -113,9 +113,15 @@ def card_values(result: Result, config: dict[str, Any], title: str) -> dict[str,
         "version": result.qwench,
         "seconds": duration(result.run.seconds),
         "threads": f"{result.run.threads} thread{'s' if result.run.threads != 1 else ''}",
-        "peak_rss": size_text(result.run.peak_rss),
+        "memory": memory_text(result.run),
         "revision": result.source.revision,
     }
+
+
+def memory_text(run: RunFacts) -> str:
+    """What the run held at most, of GPU memory too where it used a GPU."""
+    gpu = f", {size_text(run.peak_vram)} on the GPU, in {run.compute}" if run.peak_vram else ""
+    return f"{size_text(run.peak_rss)} of memory at most{gpu}"
 
 
 def front_matter(result: Result, config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from qwench.checkpoint.source import TensorSource
@@ -26,6 +25,7 @@ from qwench.formats.release import open_source
 from qwench.machine import peak_rss
 from qwench.models import ModelMap, map_of
 from qwench.models.mtp import MtpHead
+from qwench.models.place import CPU, Place, peak_vram
 from qwench.models.run import Trunk
 from qwench.result import Acceptance, Divergence, Estimate, Evaluation
 from qwench.steps.speculation import measured_speculation
@@ -37,7 +37,7 @@ def evaluate(
     source: Path | TensorSource,
     rows: Rows,
     progress: Callable[[Progress], None] | None = None,
-    dtype: torch.dtype = torch.float32,
+    place: Place = CPU,
     speculate: int = 0,
 ) -> Evaluation:
     """Everything that a card says about quality.
@@ -47,7 +47,7 @@ def evaluate(
         source: the folder of what it was made from, or what reads it.
         rows: at least 2 rows, in the tokens of both.
         progress: called after every decoder layer.
-        dtype: what to compute in, float32 or bfloat16.
+        place: where to compute, and in which numbers.
         speculate: tokens to write after each row's beginning, with drafts of the MTP head; 0 for none.
 
     Raises:
@@ -60,7 +60,7 @@ def evaluate(
     sources = _opened(source), _opened(release)
     maps = map_of(sources[0]), map_of(sources[1])
     check_same_tokens(sources, maps)
-    trunks = Trunk(sources[0], maps[0], dtype), Trunk(sources[1], maps[1], dtype)
+    trunks = Trunk(sources[0], maps[0], place.dtype, place.device), Trunk(sources[1], maps[1], place.dtype, place.device)
     reading = read_in_lockstep(*trunks, rows.ids, len(maps[0].blocks), progress)
     measures = measure_tokens(
         reading.source, reading.release, trunks[0].logits, trunks[1].logits, rows.ids, trunks[0].vocabulary
@@ -68,7 +68,7 @@ def evaluate(
     acceptance_source = measured_acceptance(trunks[0], reading.source, measures.greedy_source, rows.ids)
     acceptance_release = measured_acceptance(trunks[1], reading.release, measures.greedy_release, rows.ids)
     speculation = [
-        measured_speculation(s, m, rows, speculate, dtype) if speculate else None for s, m in zip(sources, maps, strict=True)
+        measured_speculation(s, m, rows, speculate, place) if speculate else None for s, m in zip(sources, maps, strict=True)
     ]
     return Evaluation(
         text=rows.text,
@@ -77,7 +77,8 @@ def evaluate(
         documents=len(rows.ids),
         length=rows.length,
         tokens=len(measures.divergence),
-        compute_dtype=str(dtype).removeprefix("torch."),
+        compute_dtype=place.says[1],
+        device=place.says[0],
         divergence=summarized_divergence(measures),
         perplexity_source=_estimate(exponential(clustered_mean(measures.loss_source, measures.documents))),
         perplexity_release=_estimate(exponential(clustered_mean(measures.loss_release, measures.documents))),
@@ -90,6 +91,7 @@ def evaluate(
         hidden_error_by_layer=reading.error_by_layer,
         seconds=time.monotonic() - begun,
         peak_rss=peak_rss(),
+        peak_vram=peak_vram(place),
     )
 
 
@@ -122,7 +124,7 @@ def measured_acceptance(trunk: Trunk, normed: Tensor, greedy: Tensor, ids: Tenso
     if not trunk.map.has_mtp:
         trunk.free()
         return None
-    head = MtpHead(trunk.source, trunk.map, trunk.dtype)
+    head = MtpHead(trunk.source, trunk.map, trunk.dtype, trunk.device)
     drafts = draft_tokens(trunk, head, normed, ids)
     trunk.free()
     return Acceptance(by_position=[_estimate(mean) for mean in acceptance(accepted(greedy, drafts))])

@@ -23,6 +23,7 @@ from qwench.errors import CheckpointError, TextError, VerificationError
 from qwench.evaluation.lockstep import check_finite
 from qwench.formats.release import Release
 from qwench.models import ModelMap, map_of
+from qwench.models.place import CPU, Place
 from qwench.models.run import Trunk
 from qwench.recipe import AcceptanceGate
 from qwench.result import Acceptance, AcceptanceCheck
@@ -61,15 +62,14 @@ def gate_rows(gate: AcceptanceGate, folder: Path, map: ModelMap) -> Rows | str:
 
 
 @torch.no_grad()
-def acceptance_of(
-    source: TensorSource, rows: Rows, tell: Tell | None = None, dtype: torch.dtype = torch.float32
-) -> Acceptance | None:
+def acceptance_of(source: TensorSource, rows: Rows, tell: Tell | None = None, place: Place = CPU) -> Acceptance | None:
     """What its own trunk accepts of a checkpoint's MTP head, teacher-forced (see `evaluation.acceptance`); None where it has no head.
 
     Args:
         source: a checkpoint, a release, a GGUF file.
         rows: in its tokens.
         tell: called after every decoder layer.
+        place: where it is run; in float32 there, whatever it says.
 
     Raises:
         CheckpointError: the source cannot be read, or its hidden states are not finite.
@@ -78,7 +78,7 @@ def acceptance_of(
     map = map_of(source)
     if not map.has_mtp:
         return None
-    trunk, name, layers = Trunk(source, map, dtype), str(source.folder), len(map.blocks)
+    trunk, name, layers = Trunk(source, map, place.exact.dtype, place.device), str(source.folder), len(map.blocks)
     hidden = trunk.embed(rows.ids)
     for index in range(layers):
         hidden = trunk.run_block(index, hidden)

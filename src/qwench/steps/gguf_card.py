@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from qwench.result import Acceptance, Evaluation, FileFact, Result, Verification
-from qwench.steps.card import HUB_ID, NOT_MEASURED, base_name, duration, rendered, with_error
+from qwench.steps.card import HUB_ID, NOT_MEASURED, base_name, duration, memory_text, rendered, with_error
 from qwench.steps.card_heads import graft_values
 from qwench.steps.card_plots import size_text
 
@@ -59,7 +59,7 @@ def card_values(result: Result, title: str) -> dict[str, Any]:
         "version": result.qwench,
         "seconds": duration(result.run.seconds),
         "threads": f"{result.run.threads} thread{'s' if result.run.threads != 1 else ''}",
-        "peak_rss": size_text(result.run.peak_rss),
+        "memory": memory_text(result.run),
         "revision": result.source.revision,
         "notes": [f"`{file.name}`: {note}" for file in result.files for note in file.notes],
     }

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from qwench.checkpoint.source import TensorSource
 from qwench.models import map_of
+from qwench.models.place import CPU, Place
 from qwench.recipe import AcceptanceGate
 from qwench.result import Acceptance, AcceptanceCheck, GraftFacts
 from qwench.steps.fit import donor_acceptance, graft_facts
@@ -26,12 +27,14 @@ class HeadWatch:
         gate: the recipe's floor; None where it says `off`.
         rows: what is measured on; or why nothing is; None where there is nothing to look after.
         accept_any: finish a release whatever its head is worth.
+        place: where heads are run.
     """
 
     material: Material
     gate: AcceptanceGate | None
     rows: Rows | str | None
     accept_any: bool = False
+    place: Place = CPU
 
     @property
     def notes(self) -> list[str]:
@@ -56,7 +59,9 @@ class HeadWatch:
             return facts
         rows = self.rows
         facts.acceptance_donor = donor_acceptance(
-            donor, facts, lambda: remembered(memory, f"donor {rows.ids_sha256}", lambda: acceptance_of(donor, rows, tell))
+            donor,
+            facts,
+            lambda: remembered(memory, f"donor {rows.ids_sha256}", lambda: acceptance_of(donor, rows, tell, self.place)),
         )
         facts.acceptance_source = self._of_source(memory, rows, tell)
         check = measured_check(self.gate.floor, rows, facts.acceptance_donor, facts.acceptance_source)
@@ -81,15 +86,17 @@ class HeadWatch:
         if isinstance(self.rows, str):
             return AcceptanceCheck(floor=self.gate.floor, not_measured=self.rows)
         rows = self.rows
-        after = remembered(memory, f"{key} {rows.ids_sha256}", lambda: acceptance_of(release, rows, tell))
+        after = remembered(memory, f"{key} {rows.ids_sha256}", lambda: acceptance_of(release, rows, tell, self.place))
         check = measured_check(self.gate.floor, rows, self._of_source(memory, rows, tell), after)
         return check_gate(check, self.accept_any)
 
     def _of_source(self, memory: Memory, rows: Rows, tell: Tell | None) -> Acceptance | None:
-        return remembered(memory, f"source {rows.ids_sha256}", lambda: acceptance_of(self.material.source, rows, tell))
+        return remembered(
+            memory, f"source {rows.ids_sha256}", lambda: acceptance_of(self.material.source, rows, tell, self.place)
+        )
 
 
-def watch_head(material: Material, changed: bool, accept_any: bool = False) -> HeadWatch:
+def watch_head(material: Material, changed: bool, accept_any: bool = False, place: Place = CPU) -> HeadWatch:
     """Get ready to look after the head of a release.
 
     Args:
@@ -99,4 +106,4 @@ def watch_head(material: Material, changed: bool, accept_any: bool = False) -> H
     gate = stated if isinstance(stated, AcceptanceGate) else None
     watched = gate is not None and map.has_mtp and (changed or material.recipe.graft is not None)
     rows = gate_rows(gate, material.source.folder, map) if gate and watched else None
-    return HeadWatch(material, gate, rows, accept_any)
+    return HeadWatch(material, gate, rows, accept_any, place)

@@ -7,6 +7,7 @@ import torch
 from qwench.checkpoint.source import TensorSource
 from qwench.evaluation.speculation import SpeculationReport, speculate
 from qwench.models import ModelMap
+from qwench.models.place import CPU, Place
 from qwench.result import Estimate, Speculation
 from qwench.stream.rows import Rows, ids_sha256
 
@@ -17,7 +18,7 @@ PROMPTS, PROMPT_LENGTH = 16, 64
 
 
 def measured_speculation(
-    source: TensorSource, map: ModelMap, rows: Rows, tokens: int, dtype: torch.dtype = torch.float32, drafts: int = DRAFTS
+    source: TensorSource, map: ModelMap, rows: Rows, tokens: int, place: Place = CPU, drafts: int = DRAFTS
 ) -> Speculation | None:
     """Greedy speculative decoding after the beginnings of some rows; None where the checkpoint has no MTP head.
 
@@ -31,7 +32,7 @@ def measured_speculation(
     if not map.has_mtp:
         return None
     prompts = rows.ids[:PROMPTS, :PROMPT_LENGTH]
-    report = speculate(source, map, prompts.tolist(), tokens=tokens, drafts=drafts, dtype=dtype)
+    report = speculate(source, map, prompts.tolist(), tokens=tokens, drafts=drafts, dtype=place.dtype, device=place.device)
     return None if not report.rounds else recorded(report, ids_sha256(prompts), tokens)
 
 

@@ -22,6 +22,7 @@ from qwench.checkpoint.source import TensorSource
 from qwench.errors import CheckpointError
 from qwench.models.map import Block, ModelMap, Slot
 from qwench.models.modules import Modules, lend
+from qwench.models.place import CPU, Place
 from qwench.models.run import Trunk
 from qwench.models.weights import read_block, read_slot
 from qwench.stream.hidden import Hidden
@@ -52,12 +53,12 @@ class LiveHead(LiveBlock):
         CheckpointError: see `head_block`.
     """
 
-    def __init__(self, source: TensorSource, map: ModelMap, modules: Modules, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, source: TensorSource, map: ModelMap, modules: Modules, place: Place = CPU) -> None:
         block = head_block(source, map)
         stem, fc = f"{STEM}layers.{block.index}.", map.other("mtp.fc")
-        weights = read_block(source, replace(block, slots=map.mtp[0].slots), stem, dtype)
-        weights["fc.weight"] = read_slot(source, fc, dtype)
-        self._hold(block, stem, modules, _with_fc(modules.new_layer(block.kind), fc), weights, dtype)
+        weights = read_block(source, replace(block, slots=map.mtp[0].slots), stem, place.dtype, place.device)
+        weights["fc.weight"] = read_slot(source, fc, place.dtype, place.device)
+        self._hold(block, stem, modules, _with_fc(modules.new_layer(block.kind), fc), weights, place)
 
     def parameter(self, slot: Slot) -> tuple[str, tuple[int | slice, ...]]:
         name, part = super().parameter(slot)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qwench.checkpoint.source import TensorSource
 from qwench.models.map import ModelMap
+from qwench.models.place import CPU, Place
 from qwench.models.run import Trunk
 from qwench.stream.hidden import Hidden, HiddenFiles
 from qwench.stream.live import LiveBlock
@@ -50,7 +51,7 @@ class SquareSums:
         """What takes inputs [N, I] in."""
 
         def add(inputs_NI: Tensor) -> None:
-            self.sums[key] += inputs_NI.float().square().sum(0, dtype=torch.float64)
+            self.sums[key] += inputs_NI.float().square().sum(0, dtype=torch.float64).cpu()
             self.counts[key] += len(inputs_NI)
 
         return add
@@ -70,7 +71,7 @@ def importance_walk(
     folder: Path | None = None,
     tell: Tell = lambda done, layers, what: None,
     batch: int = 4,
-    compute: torch.dtype = torch.float32,
+    place: Place = CPU,
     stored: torch.dtype = torch.bfloat16,
     lost: Callable[[int, int], None] = lambda layer, row: None,
 ) -> Squares:
@@ -83,7 +84,7 @@ def importance_walk(
         folder: where the rows' hidden states may lie, rows x length x hidden x 4 bytes; None: the system's folder for temporary files.
         tell: progress: (layers done, layers, what).
         batch: rows that go through a layer at once.
-        compute: dtype of the arithmetic.
+        place: where, and in which numbers.
         stored: dtype of the hidden states between layers; bfloat16 as the model itself would pass them on.
         lost: called with (layer, row) for each row that turned non-finite in a layer; from there on nothing counts it.
 
@@ -94,10 +95,15 @@ def importance_walk(
     sums, depth = SquareSums(), len(map.blocks)
     with TemporaryDirectory(prefix="qwench-", dir=folder) as scratch:
         files = HiddenFiles(Path(scratch), (*ids_NT.shape, map.other("embed").shape[1]), stored, depth)
-        settings = Walk(observers=[sums], mtp=map.has_mtp, batch=batch, compute=compute)
+        settings = Walk(observers=[sums], mtp=map.has_mtp, batch=batch, place=place)
         walk(settings, source, map, ids_NT, files, lambda live: None, tell)
         sound = sorted(set(range(len(ids_NT))) - {row for _, row in settings.lost})
-        _of_lm_head(sums, Trunk(source, map, compute), files.before("changed", depth), torch.split(torch.tensor(sound), batch))
+        _of_lm_head(
+            sums,
+            Trunk(source, map, place.dtype, place.device),
+            files.before("changed", depth),
+            torch.split(torch.tensor(sound), batch),
+        )
     for layer, row in settings.lost:
         lost(layer, row)
     return sums.squares

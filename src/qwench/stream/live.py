@@ -5,8 +5,8 @@
     live.weight(slot).mul_(scale)                  # changes what the next run sees
     live.store(slot, quantized)                    # what a file will hold; the next run sees its values
 
-Weights are float32 (or the compute dtype asked for), experts fused as in the transformers classes; `weight` shows any slot of it as a view. The MTP head is a live
-block too (see `head`).
+Weights are in the numbers that the layer computes in, on the device that it runs on (see `models.place`), experts fused as in the transformers classes;
+`weight` shows any slot of it as a view. What is read from files or goes into them is in main memory. The MTP head is a live block too (see `head`).
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from torch.func import functional_call
 
 from qwench.checkpoint.source import TensorSource
 from qwench.models.inputs import rounding_inputs
+from qwench.models.kernels import kernels_for
 from qwench.models.map import Block, ModelMap, Slot
-from qwench.models.modules import Modules, quiet, text_positions
+from qwench.models.modules import Modules, text_positions
+from qwench.models.place import CPU, Place
 from qwench.models.weights import FUSED, read_block
 from qwench.numerics import InputRounding, Quantized
 
@@ -31,23 +33,22 @@ class LiveBlock:
 
     Attributes:
         block: its slots and sets.
-        weights: by parameter name of the transformers class.
+        weights: by parameter name of the transformers class, in `dtype` on `device`.
         quantized: what was stored for a module, by module.
         altered: slots whose weights were changed without being quantized, by module.
         rounded: how what a module reads is rounded from now on, by module.
     """
 
-    def __init__(
-        self, source: TensorSource, map: ModelMap, modules: Modules, index: int, dtype: torch.dtype = torch.float32
-    ) -> None:
+    def __init__(self, source: TensorSource, map: ModelMap, modules: Modules, index: int, place: Place = CPU) -> None:
         block, stem = map.blocks[index], f"{map.prefix}layers.{index}."
-        self._hold(block, stem, modules, modules.layer(block.kind), read_block(source, block, stem, dtype), dtype)
+        weights = read_block(source, block, stem, place.dtype, place.device)
+        self._hold(block, stem, modules, modules.layer(block.kind), weights, place)
 
     def _hold(
-        self, block: Block, stem: str, modules: Modules, layer: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype
+        self, block: Block, stem: str, modules: Modules, layer: nn.Module, weights: dict[str, Tensor], place: Place
     ) -> None:
         self.block, self.stem, self.modules, self.layer = block, stem, modules, layer
-        self.weights, self.dtype = weights, dtype
+        self.weights, self.dtype, self.device = weights, place.dtype, place.device
         self.quantized: dict[str, Quantized] = {}
         self.altered: dict[str, Slot] = {}
         self.rounded: dict[str, InputRounding] = {}
@@ -87,16 +88,16 @@ class LiveBlock:
 
     @torch.no_grad()
     def run(self, hidden_BTD: Tensor) -> Tensor:
-        """Hidden states after the layer, for rows of text."""
+        """Hidden states after the layer, for rows of text from anywhere; they stay on its device."""
         return self.run_with(self.weights, hidden_BTD)
 
     def run_with(self, weights: Mapping[str, Tensor], hidden_BTD: Tensor) -> Tensor:
         """Hidden states after the layer with other weights by parameter name; gradients flow where the weights want them."""
         rows, length, _ = hidden_BTD.shape
-        hidden_BTD = hidden_BTD.to(self.dtype)
+        hidden_BTD = hidden_BTD.to(self.device, self.dtype)
         rope = self.modules.rope(text_positions(length).expand(3, rows, length), hidden_BTD)
         named: dict[str, Any] = {"position_embeddings": rope, "attention_mask": None}
-        with quiet(), rounding_inputs(self.layer, self.block.slots, self.stem, self.rounded):
+        with kernels_for(hidden_BTD), rounding_inputs(self.layer, self.block.slots, self.stem, self.rounded):
             result: Tensor = functional_call(self.layer, dict(weights), (hidden_BTD,), named, strict=True)
         return result
 

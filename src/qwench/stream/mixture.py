@@ -82,8 +82,8 @@ class Mixture:
         live: the layer.
         file: x [N, D], token after token.
         dtype: that x is stored in.
-        chosen: experts that each token is sent to, int16 [N, K].
-        shares: the router's weights for them, float32 [N, K].
+        chosen: experts that each token is sent to, int16 [N, K], in main memory.
+        shares: the router's weights for them, float32 [N, K], likewise.
     """
 
     live: LiveBlock
@@ -101,10 +101,10 @@ class Mixture:
         return (self.chosen == expert).any(-1).nonzero().flatten()
 
     def inputs(self, tokens: Tensor) -> Iterator[Tensor]:
-        """x of some tokens (rising) in the layer's dtype, some thousands at a time: [n, D]."""
+        """x of some tokens (rising) in the layer's dtype on its device, some thousands at a time: [n, D]."""
         for part in torch.split(tokens, TOKENS):
             if len(part):
-                yield self._read(part).to(self.live.dtype)
+                yield self._read(part).to(self.live.device, self.live.dtype)
 
     def read_by(self, name: str) -> Iterator[Tensor]:
         """What an input set reads, some thousands of tokens at a time [n, I], as the weights are now."""
@@ -116,7 +116,7 @@ class Mixture:
     @torch.no_grad()
     def moment(self, name: str, second: bool = True) -> Moment:
         """The sums of an input set."""
-        moment = empty(self.live.block, name, second)
+        moment = empty(self.live.block, name, second, self.live.device)
         for inputs in self.read_by(name):
             moment.add(inputs)
         return moment
@@ -166,13 +166,13 @@ def mixture_of(
             file = stack.enter_context(TemporaryFile(dir=folder, buffering=0))
 
         def keep(_module: object, read: tuple[Tensor, ...]) -> None:
-            data: Any = read[0].to(dtype).contiguous().view(torch.uint8).numpy().data
+            data: Any = read[0].to("cpu", dtype).contiguous().view(torch.uint8).numpy().data
             left = memoryview(data).cast("B")
             with output_errors(folder):
                 while left:
                     left = left[file.write(left) :]
-            chosen.append(read[1].to(torch.int16))
-            shares.append(read[2].float())
+            chosen.append(read[1].to("cpu", torch.int16))
+            shares.append(read[2].to("cpu", torch.float32))
 
         handle = live.submodule(next(s for s in live.block.slots if s.expert is not None)).register_forward_pre_hook(keep)
         try:

@@ -58,17 +58,17 @@ def observe(live: LiveBlock, batches: Iterable[Tensor], names: Collection[str], 
         names: input sets of the block (see `models.map.Block.inputs`).
         second: whether second moments are wanted; they take I x I floats for each set.
     """
-    moments = {name: empty(live.block, name, second) for name in names}
+    moments = {name: empty(live.block, name, second, live.device) for name in names}
     with taking_inputs(live, {name: moment.add for name, moment in moments.items()}):
         for batch in batches:
             live.run(batch)
     return moments
 
 
-def empty(block: Block, name: str, second: bool) -> Moment:
-    """A moment of no tokens."""
+def empty(block: Block, name: str, second: bool, device: torch.device) -> Moment:
+    """A moment of no tokens, summed up on a device."""
     width = block.inputs[name][0].shape[1]
-    return Moment(0, torch.zeros(width, width) if second else None, torch.zeros(width))
+    return Moment(0, torch.zeros(width, width, device=device) if second else None, torch.zeros(width, device=device))
 
 
 @contextmanager

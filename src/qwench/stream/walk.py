@@ -27,6 +27,7 @@ from torch import Tensor
 from qwench.checkpoint.source import TensorSource
 from qwench.errors import CheckpointError
 from qwench.models.map import ModelMap
+from qwench.models.place import CPU, Place
 from qwench.models.run import Trunk
 from qwench.stream.head import HeadStates, LiveHead, head_block
 from qwench.stream.hidden import Hidden, HiddenFiles, Lost, States
@@ -54,7 +55,6 @@ class Change(Protocol):
     def __call__(self, live: LiveBlock, rows: Rows, /) -> None: ...
 
 
-class Observer(Protocol):
 @runtime_checkable
 class Onlooker(Protocol):
     """A change that looks on while the original rows go through the original layer, before it is asked to change it: that pass is made anyway."""
@@ -64,6 +64,7 @@ class Onlooker(Protocol):
         ...
 
 
+class Observer(Protocol):
     """What looks on while the rows go through a finished layer, and changes nothing."""
 
     def takers(self, live: LiveBlock, /) -> dict[str, Take]:
@@ -107,7 +108,7 @@ class Walk:
         mtp: go on into the MTP head.
         onward: which outputs the next layer sees.
         batch: rows that go through a layer at once.
-        compute: dtype of the arithmetic; float32 is the faster one on processors without bfloat16 units.
+        place: where layers run, and in which numbers.
         lost: rows that turned non-finite: (layer that made them so, row); the MTP head counts as the layer behind the last.
     """
 
@@ -116,7 +117,7 @@ class Walk:
     mtp: bool = False
     onward: Literal["changed", "original"] = "changed"
     batch: int = 4
-    compute: torch.dtype = torch.float32
+    place: Place = CPU
     lost: Lost = field(default_factory=list)
 
     @property
@@ -147,7 +148,7 @@ def walk(
     if settings.mtp:
         head_block(source, map)
         assert files.depth == len(map.blocks) and ids_NT.shape[1] > 1
-    _Loop(settings, Trunk(source, map, settings.compute), ids_NT, files, emit, tell).run()
+    _Loop(settings, Trunk(source, map, settings.place.dtype, settings.place.device), ids_NT, files, emit, tell).run()
 
 
 @dataclass
@@ -233,10 +234,10 @@ class _Loop:
         return written
 
     def _live(self, index: int) -> LiveBlock:
-        trunk, compute = self.trunk, self.settings.compute
+        trunk, place = self.trunk, self.settings.place
         if index == self.depth:
-            return LiveHead(trunk.source, trunk.map, trunk.modules, compute)
-        return LiveBlock(trunk.source, trunk.map, trunk.modules, index, compute)
+            return LiveHead(trunk.source, trunk.map, trunk.modules, place)
+        return LiveBlock(trunk.source, trunk.map, trunk.modules, index, place)
 
     def _name(self, index: int) -> str:
         return "the MTP head" if index == self.depth else f"layer {index}"
@@ -262,7 +263,7 @@ class _Loop:
                 result = torch.full((len(rows), *shape[1:]), float("nan"), dtype=self.files.dtype)
                 sound = self.sound[rows]
                 if sound.any():
-                    result[sound] = live.run(states.pick(rows[sound])).to(self.files.dtype)
+                    result[sound] = live.run(states.pick(rows[sound])).to("cpu", self.files.dtype)
                 lost.extend(rows[sound & ~result.isfinite().flatten(1).all(1)].tolist())
                 yield result
 

@@ -15,8 +15,9 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from qwench.methods.awq import Output
+from qwench.models.kernels import kernels_for
 from qwench.models.map import Slot
-from qwench.models.modules import quiet, text_positions
+from qwench.models.modules import text_positions
 from qwench.stream.live import LiveBlock
 from qwench.stream.observe import taking_inputs
 from qwench.stream.walk import Rows
@@ -82,7 +83,7 @@ def module_output(live: LiveBlock, norm: Slot, readers: Sequence[Slot]) -> Outpu
             rows, length, _ = inputs_BTD.shape
             rope = live.modules.rope(text_positions(length).expand(3, rows, length), inputs_BTD)
             named = {"position_embeddings": rope, "attention_mask": None}
-        with quiet():
+        with kernels_for(inputs_BTD):
             result: Tensor | tuple[Tensor, ...] = functional_call(
                 module, own | dict(zip(places, weights, strict=True)), (inputs_BTD,), named
             )
@@ -104,7 +105,7 @@ def mixture_output(live: LiveBlock, readers: Sequence[Slot]) -> Output:
             return weights[place[role, expert]]
 
         tokens_ND = inputs.reshape(-1, inputs.shape[-1])
-        with quiet():
+        with kernels_for(tokens_ND):
             _, shares, chosen = functional_call(router, {"weight": weight("router")}, (tokens_ND,))
         shared = gated(
             tokens_ND, weight("shared.gate"), weight("shared.up"), live.weights["mlp.shared_expert.down_proj.weight"]

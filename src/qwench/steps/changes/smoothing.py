@@ -150,7 +150,7 @@ class Smoothing:
         chosen = [s for s in live.block.slots if s.module in self.schemes and s.role not in NOT_CLIPPED]
         sets = {input_of(live.block, slot) for slot in chosen}
         moments = {
-            name: GroupMoments(slots[0].shape[1], self.schemes[next(s.module for s in slots if s in chosen)].group)
+            name: GroupMoments(slots[0].shape[1], self.schemes[next(s.module for s in slots if s in chosen)].group, live.device)
             for name, slots in live.block.inputs.items()
             if name in sets
         }
