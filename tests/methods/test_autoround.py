@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import weakref
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from qwench.methods.autoround import Homes, Options, Run, batches, tune_block
 from qwench.methods.gptq import gptq
@@ -205,6 +207,21 @@ def test_portions_that_fit_memory_make_the_same_steps() -> None:
     assert report.best_loss == pytest.approx(
         tune_block(toys.mlp, weights, schemes_of(weights, INT4), inputs, targets, options)[1].best_loss, rel=0.02
     )
+
+
+def test_measuring_what_rows_take_leaves_nothing_behind() -> None:
+    """Nodes that keep their own output (exp, sigmoid) hold themselves where a hook gives it back to them."""
+    weights, inputs, targets = mlp_case()
+    seen: list[weakref.ref[Tensor]] = []
+
+    def run(w: dict[str, Tensor], x: Tensor) -> Tensor:
+        inner = torch.exp(-F.linear(x, w["mlp.gate"]).square())
+        seen.append(weakref.ref(inner))
+        return F.linear(inner * F.linear(x, w["mlp.up"]), w["mlp.down"])
+
+    options = dataclasses.replace(QUICK, iterations=1, activation_limit=2**30)
+    tune_block(run, weights, schemes_of(weights, INT4), inputs, targets, options)
+    assert seen and all(tensor() is None for tensor in seen)
 
 
 def test_experts_that_no_token_reaches_stay_at_the_nearest_and_are_named() -> None:

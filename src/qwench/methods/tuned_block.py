@@ -170,7 +170,8 @@ class TunedBlock:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in own:
                 kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
+            # Not the tensor itself: a node that keeps its own output would hold itself for ever.
+            return tensor.detach()
 
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             self._squares(torch.arange(rows))
