@@ -56,13 +56,21 @@ def judged(row: dict[str, Any], folder: Path, judge: Judge, timeout: float | Non
     """Add to a line what the entrant's folder is worth; None where it cannot be read, and the line says why."""
     try:
         found = judge.judge(folder)
-        row |= {"opens": opens(folder, timeout)} if timeout else {}
+        row |= {"opens": opened_once(folder, timeout)} if timeout else {}
     except UserError as error:
         row["why_not"] = f"made a folder that we cannot read: {' '.join(str(error).split())}"
         return None
     row |= {"kl": found.kl._asdict(), "top1": found.top1._asdict(), "head": found.head, "bytes": found.bytes}
     row["acceptance"] = found.acceptance._asdict() if found.acceptance else None
     return found
+
+
+def opened_once(folder: Path, timeout: float) -> str:
+    """What the engine says to a folder; asked once, kept beside it like what the run took."""
+    kept = folder.with_name("opens.txt")
+    if not kept.is_file():
+        kept.write_text(opens(folder, timeout), encoding="utf-8")
+    return kept.read_text(encoding="utf-8")
 
 
 def compare(args: argparse.Namespace, work: Path) -> dict[str, Any]:

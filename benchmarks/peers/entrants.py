@@ -78,6 +78,7 @@ ENTRANTS = (
     Entrant("a-gptq-searched", OURS, "A", "gptq", {"search": "mse"}),
     _llm_compressor("gptq", "a-gptq-searched"),
     Entrant("a-nvfp4", OURS, "A", "rtn", {"scheme": "nvfp4"}),
+    Entrant("a-nvfp4-searched", OURS, "A", "rtn", {"scheme": "nvfp4", "search": "mse"}),
     _llm_compressor("nvfp4a16", "a-nvfp4", "NVFP4A16"),
     Entrant("b-rtn", OURS, "B", "rtn", {"format": "gptq"}),
     Entrant("b-gptq", OURS, "B", "gptq", {"gptq": {"order": "grouped"}, "search": "mse", "format": "gptq"}),

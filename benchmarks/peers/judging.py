@@ -21,7 +21,8 @@ from qwench.errors import CheckpointError, UserError
 from qwench.evaluation.acceptance import acceptance, accepted, draft_tokens
 from qwench.evaluation.divergence import TokenMeasures, measure_tokens
 from qwench.evaluation.statistics import Mean, clustered_mean
-from qwench.formats.release import open_source
+from qwench.formats.adapter import FOLDER
+from qwench.formats.release import has_corrections, open_source
 from qwench.models import ModelMap, map_of
 from qwench.models.mtp import MtpHead
 from qwench.models.run import Trunk
@@ -120,7 +121,7 @@ def opens(folder: Path, timeout: float) -> str:
     quantized = open_source(folder).config.get("quantization_config") or {}
     engine = READERS.get(quantized.get("quant_method"), "transformers")
     try:
-        found = verify(folder, engine, threads=1, timeout=timeout)
+        found = verify(folder, engine, threads=1, timeout=timeout, adapter=folder / FOLDER if has_corrections(folder) else None)
     except CheckpointError:  # what we cannot map has no reading of ours to compare with
         return _loads(folder, engine, timeout)
     except UserError as error:
