@@ -1,6 +1,6 @@
 """What a person types. Each command is a few lines: find the model, call a step, show what came of it.
 
-The commands lie in files by what they are for: `making` (recipes, inspect, plan, run, demo), `measuring` (eval, verify), `publishing` (card).
+The commands lie in files by what they are for: `making` (recipes, inspect, plan, run, demo), `measuring` (eval, verify), `comparing`, `publishing` (card, reproduce).
 
 Exit codes: 0 done, 2 the user can mend it (one message, no traceback), 1 our fault.
 """
@@ -14,11 +14,11 @@ import typer
 from rich.markup import escape
 
 from qwench import __version__, display
-from qwench.cli import making, measuring, publishing
+from qwench.cli import comparing, making, measuring, publishing
 from qwench.cli.app import app
 from qwench.errors import Interrupted, UserError
 
-__all__ = ["app", "main", "making", "measuring", "publishing"]
+__all__ = ["app", "comparing", "main", "making", "measuring", "publishing"]
 
 
 @app.callback(invoke_without_command=True)

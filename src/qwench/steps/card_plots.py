@@ -47,7 +47,7 @@ def draw_plots(result: Result, folder: Path) -> dict[str, str]:
             if figure is None:
                 (folder / name).unlink(missing_ok=True)
                 continue
-            _save(figure, folder / name)
+            save_figure(figure, folder / name)
         captions[name] = caption
     return captions
 
@@ -241,6 +241,7 @@ def _two_digits(value: float) -> str:
     return f"{value:#.2g}".rstrip(".")
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, without the date and the name of the program in it: the same record gives the same bytes. Raises OSError."""
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=160, metadata={"Software": None})
