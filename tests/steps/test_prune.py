@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +20,14 @@ from qwench.checkpoint.writer import CheckpointWriter
 from qwench.demo import checkpoint
 from qwench.errors import CheckpointError, PlanError
 from qwench.formats.release import open_source
-from qwench.models import map_of
+from qwench.models import map_of, sketch
 from qwench.models.pruned import Pruned
 from qwench.models.run import Trunk
-from qwench.recipe import parse_recipe
-from qwench.result import PrunedLayer, PruningFacts
+from qwench.recipe import load_recipe, parse_recipe
+from qwench.result import PrunedLayer, PruningFacts, read_result
 from qwench.steps.calibrate import calibrate, split_jobs
 from qwench.steps.plan import Plan, make_plan
+from qwench.steps.plan_table import as_data
 from qwench.steps.prepare import prepared
 from qwench.steps.quantize import do_jobs
 from qwench.steps.record import coverage_warning, pruning_facts
@@ -31,6 +36,7 @@ from tests.support.files import same_bits
 from tests.support.tiny import Experts, Head, Layout, write_tiny
 
 ROWS, LENGTH = 10, 40
+PUBLISHED = Path(__file__).parents[1] / "data" / "configs" / "qwen3.5-35b-a3b.json"
 KEEP_ALL = ""
 INT4 = "  - quantize: {method: rtn, rules: [{roles: [expert.*, shared.gate, shared.up, shared.down], scheme: int4}]}\n"
 
@@ -242,3 +248,91 @@ def test_experts_that_calibration_barely_reached_are_named() -> None:
         "mtp layer 0: fewer than 7 calibration tokens reached experts [1, 2], none reached [2]; [1] of them stayed"
     )
     assert coverage_warning(layer([3, 8, 9, 8]), 7).endswith("reached experts [0]; none of them stayed")
+
+
+STOP = """
+import os, signal
+from qwench.stream.hidden import HiddenFiles
+real = HiddenFiles.publish
+def stopping(self, stream, layer):
+    if layer == {at} and stream == "changed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(self, stream, layer)
+HiddenFiles.publish = stopping
+"""
+RUN = """
+import sys
+sys.argv = ["qwench", "run", {recipe!r}, "--model", {model!r}, "--out", {out!r}]
+from qwench.cli import main
+main()
+"""
+
+
+def run_in_a_process(recipe: Path, out: Path, before: str = "") -> int:
+    code = before + RUN.format(recipe=str(recipe), model=str(checkpoint("moe")), out=str(out))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, check=False).returncode
+
+
+def test_a_run_that_was_killed_ends_with_the_same_experts_and_the_same_bytes(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "name: t\nacceptance: off\ncalibration: {samples: 6, length: 64}\nsteps:\n  - prune: {ratio: 0.5, least_tokens: 100}\n"
+        f"{INT4}  - export: {{format: auto-round}}\n"
+    )
+    assert run_in_a_process(recipe, tmp_path / "whole") == 0
+    for at in (3, 5):  # behind the third layer, then behind the MTP head
+        assert run_in_a_process(recipe, tmp_path / "out", STOP.format(at=at)) == -signal.SIGKILL
+        assert not (tmp_path / "out").exists()
+    assert run_in_a_process(recipe, tmp_path / "out") == 0
+    for path in (tmp_path / "whole").iterdir():
+        if path.name not in ("result.json", "provenance.json"):  # these tell of the run
+            assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
+    whole, resumed = read_result(tmp_path / "whole"), read_result(tmp_path / "out")
+    assert resumed.run.resumed_tensors > 0
+    assert whole.pruning == resumed.pruning and whole.pruning is not None
+    assert [layer.label for layer in whole.pruning.layers] == ["layer 0", "layer 1", "layer 2", "layer 3", "mtp layer 0"]
+    assert whole.pruning.warnings and all("fewer than 100 calibration tokens" in said for said in whole.pruning.warnings)
+    assert whole.calibration is not None and "6 of 12 experts stay" in whole.calibration.reports["mtp layer 0 pruning"]
+
+
+def planned(recipe: str) -> tuple[Plan, dict[str, Any]]:
+    """The plan of a bundled recipe on the published 35B-A3B, and what `qwench plan` says of it."""
+    config = json.loads(PUBLISHED.read_text(encoding="utf-8"))
+    loaded = load_recipe(recipe)
+    source = prepared(loaded, sketch(config), None)
+    plan = make_plan(loaded, source, map_of(source))
+    return plan, as_data(plan)
+
+
+def test_the_35b_is_planned_from_67_gib_to_35_to_11() -> None:
+    """71.9 GB with vision and MTP; half of the experts are 32.2 GB in the trunk and 0.8 GB in the head."""
+    plan, said = planned("reap50")
+    assert said["source_bytes"] == pytest.approx(71.9e9, rel=1e-3) and said["source_bytes"] / 2**30 == pytest.approx(
+        67, rel=1e-2
+    )
+    assert said["source_bytes"] - said["bytes"] == 2 * (41 * 128 * 3 * 2048 * 512 + 41 * 128 * 2048)
+    assert said["bytes"] == pytest.approx(38.9e9, rel=1e-2)
+    assert sum(row["source_bytes"] for row in said["precision"]) == said["source_bytes"], "experts that go were somewhere"
+    plan, said = planned("reap50-autoround-int4")
+    assert said["bytes"] == pytest.approx(11.2e9, rel=1e-2)
+    assert plan.config["num_experts"] == 128 and plan.config["architectures"] == ["Qwen3_5MoeForCausalLM"]
+    assert plan.config["quantization_config"]["packing_format"] == "auto_round:auto_gptq"
+    written = {tensor.name for file in plan.files for tensor in file.tensors}
+    assert {"model.layers.39.mlp.experts.127.down_proj.qweight", "model.layers.0.mlp.gate.weight"} <= written
+    assert not any(".experts.128." in name or name.startswith(("mtp.", "model.visual.")) for name in written)
+    plan, said = planned("reap50-autoround-int4-mtp")
+    assert said["bytes"] == pytest.approx(12.9e9, rel=1e-2)
+    assert plan.config["text_config"]["num_experts"] == 128
+    written = {tensor.name for file in plan.files for tensor in file.tensors}
+    assert "mtp.layers.0.mlp.experts.127.up_proj.weight" in written and any(
+        name.startswith("model.visual.") for name in written
+    )
+    assert not any(name.startswith("mtp.layers.0.mlp.experts.128.") for name in written)
+
+
+def test_the_recipe_of_a_mixture_says_what_it_misses_in_a_dense_model() -> None:
+    loaded = load_recipe("reap50-autoround-int4")
+    source = prepared(loaded, Checkpoint.open(checkpoint("dense")), None)
+    with pytest.raises(PlanError, match="this model is dense"):
+        make_plan(loaded, source, map_of(source))
