@@ -3,7 +3,8 @@
     python -m benchmarks.scale CONFIG.json --recipe nvfp4a16 --work DIR [--layers N]
 
 makes a random checkpoint of the shape that CONFIG describes (in several shards), runs the recipe on it in a process of its own, and reads and writes
-just as many bytes with plain reads and writes. `--layers` cuts the depth, not the widths. Files are dropped from the page cache before each
+just as many bytes with plain reads and writes. A recipe that reads rows gets `--samples` of `--length` tokens of the text that the package carries, cut by
+the demo checkpoint's tokenizer: random weights know no language, but take as long. `--layers` cuts the depth, not the widths. Files are dropped from the page cache before each
 phase. The figures go to `benchmarks/results/` as JSON, with the machine they were taken on.
 """
 
@@ -22,9 +23,12 @@ from typing import Any
 
 import torch
 
+from qwench.checkpoint.sidecars import sidecars_of
 from qwench.checkpoint.source import TensorSpec
 from qwench.checkpoint.writer import CheckpointWriter, FileLayout
+from qwench.demo import checkpoint
 from qwench.models import sketch
+from qwench.recipe import load_recipe
 from qwench.result import read_result
 
 SHARD = 5_000_000_000
@@ -56,7 +60,8 @@ def make_checkpoint(config: dict[str, Any], folder: Path) -> int:
             count = torch.Size(spec.shape).numel()
             repeats = -(-(count + offset % 997) // POOL)
             writer.write(spec.name, pool.repeat(repeats)[offset % 997 : offset % 997 + count].view(spec.shape))
-        writer.commit({"config.json": json.dumps(config).encode()})
+        tokenizer = {name: path for name, path in sidecars_of(checkpoint("dense")).items() if name.startswith("tokenizer")}
+        writer.commit({"config.json": json.dumps(config).encode(), **tokenizer})
     return sum(t.nbytes for f in files for t in f.tensors)
 
 
@@ -86,11 +91,11 @@ def copy_bytes(source: Path, out: Path, written: int) -> float:
     return seconds
 
 
-def run_recipe(recipe: str, model: Path, out: Path) -> dict[str, Any]:
+def run_recipe(recipe: str, model: Path, out: Path, rows: list[str]) -> dict[str, Any]:
     """The release, made by the command line in a process of its own, and what the kernel says about that process."""
     drop_from_cache(model)
     started = time.monotonic()
-    command = [sys.executable, "-m", "qwench", "run", recipe, "--model", str(model), "--out", str(out)]
+    command = [sys.executable, "-m", "qwench", "run", recipe, "--model", str(model), "--out", str(out), "--accept-any", *rows]
     process = subprocess.Popen(command)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
@@ -108,6 +113,8 @@ def main() -> None:
     parser.add_argument("--recipe", default="nvfp4a16")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--layers", type=int)
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--keep", action="store_true", help="leave the random checkpoint for another run")
     args = parser.parse_args()
 
@@ -118,7 +125,9 @@ def main() -> None:
         make_checkpoint(config, model)
     source_bytes = sum(p.stat().st_size for p in model.glob("*.safetensors"))
     shutil.rmtree(out, ignore_errors=True)
-    measured = run_recipe(args.recipe, model, out)
+    calibrated = load_recipe(args.recipe).calibrated
+    rows = ["--calibration", "carried", "--samples", str(args.samples), "--length", str(args.length)] if calibrated else []
+    measured = run_recipe(args.recipe, model, out, rows)
     release_bytes = sum(p.stat().st_size for p in out.glob("*.safetensors"))
     shutil.rmtree(out)
     copy_seconds = copy_bytes(model, args.work / "copy.bin", release_bytes)
@@ -126,6 +135,7 @@ def main() -> None:
         shutil.rmtree(model)
     report = {
         "config": args.config.stem if args.config.stem != "config" else args.config.parent.name, "layers": config["text_config"]["num_hidden_layers"], "recipe": args.recipe,
+        **({"samples": args.samples, "length": args.length} if calibrated else {}),
         "source_bytes": source_bytes, "release_bytes": release_bytes, **measured,
         "copy_seconds": round(copy_seconds, 1), "ratio_to_copy": round(measured["wall_seconds"] / copy_seconds, 2),
         "cores": len(os.sched_getaffinity(0)), "machine": platform.processor() or platform.machine(), "torch": torch.__version__,

@@ -20,6 +20,7 @@ from qwench.models.run import Trunk
 from qwench.recipe import Recipe, load_recipe, parse_recipe
 from qwench.run import run_recipe
 from qwench.steps.plan import make_plan
+from qwench.steps.verify import verify
 from qwench.stream.rows import held_out_rows
 from tests.support.tiny import write_tiny
 
@@ -122,6 +123,12 @@ def test_corrections_lie_in_a_folder_of_their_own_and_bring_the_release_closer(f
     ids = held_out_rows(source, 4, 256).ids
     expected, without, with_them = (_hidden(found, ids) for found in (Checkpoint.open(source), plain, open_source(out)))
     assert float((with_them - expected).square().mean()) < 0.8 * float((without - expected).square().mean())
+
+
+def test_an_engine_without_corrections_is_held_against_the_release_alone(tmp_path: Path) -> None:
+    run_recipe(corrected(), str(checkpoint("dense")), tmp_path / "out", 0, QUIET)
+    found = verify(tmp_path / "out", "transformers", [list(range(40, 72))], threads=1)
+    assert found.outcome == "agrees" and found.uninitialized == [], found.notes
 
 
 def _both(name: str, source: Path, release: Path) -> tuple[torch.Tensor, torch.Tensor]:

@@ -95,7 +95,7 @@ def verify(
             f"use one of {', '.join(ENGINES)}",
         )
     checkpoint = Checkpoint.open(folder)
-    source = _corrected(open_source(folder), adapter)
+    source = _corrected(open_source(folder, corrected=False), adapter)
     network = map_of(source)
     request = Request(
         folder=folder.resolve(),
