@@ -1,10 +1,11 @@
 """What pruning costs a mixture of experts, by how the experts are ranked: the published saliency against the criteria that its paper compares with, and against chance.
 
-    python -m benchmarks.experts [--ratios 0.25 0.5] [--rows 128] [--seeds 10]
+    python -m benchmarks.experts [--ratios 0.25 0.5] [--rows 128] [--seeds 10] [--criteria reap frequency ...]
 
 The demo checkpoint of 12 experts, 4 a token; the MTP head's experts are ranked by its own routing. Calibrated on the carried text, measured on held-out documents: KL(source || pruned) per token
 in nats, and the share of drafts of the MTP head that the pruned trunk accepts at position 1. Standard errors are over documents; criteria are compared with REAP's by differences document by
-document. `random` is the mean over seeds. `reap, layer after layer` ranks each layer on what the pruned layers before it put out, which is not as published.
+document. `random` is the mean over seeds. `reap, layer after layer` ranks each layer on what the pruned layers before it put out, which is not as published; `reap,
+experts scaled` is the recipe's `repair: scale`.
 
 Nothing is written but the table (`benchmarks/results/experts-moe.json`, Markdown on standard output): a pruned network is a view of the checkpoint.
 """
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.methods import Overlay, keeper
 from qwench.checkpoint.reader import Checkpoint
 from qwench.demo import checkpoint
 from qwench.evaluation.acceptance import acceptance, accepted, draft_tokens
@@ -49,7 +51,7 @@ LENGTH, DOCUMENTS = 512, 33
 CRITERIA: tuple[Criterion, ...] = (
     "reap", "frequency", "weight_sum", "norm_mean", "norm_sum", "norm_max", "contribution_sum", "random",
 )  # fmt: skip
-ONE_BY_ONE = "reap, layer after layer"
+ONE_BY_ONE, SCALED = "reap, layer after layer", "reap, experts scaled"
 
 
 class OneByOne(Pruning):
@@ -69,14 +71,14 @@ class OneByOne(Pruning):
 
 def pruned(
     source: Checkpoint, map: ModelMap, ids: Tensor, settings: Prune, change: type[Pruning] = Pruning
-) -> tuple[Pruned, list[PrunedLayer]]:
+) -> tuple[Overlay, list[PrunedLayer]]:
     """The network without the experts that a walk over the rows finds out."""
     target = Pruned(source, map, settings.kept(12))
-    pruning = change(settings, target, map_of(target))
+    pruning, values = change(settings, target, map_of(target)), dict[str, Tensor]()
     with TemporaryDirectory() as folder:
         files = HiddenFiles(Path(folder), (*ids.shape, map.other("embed").shape[1]), torch.bfloat16, len(map.blocks))
-        walk(Walk([pruning], mtp=True), source, map, ids, files, lambda live: None, lambda *_: None)
-    return target, list(pruning.found.values())
+        walk(Walk([pruning], mtp=True), source, map, ids, files, keeper(target, values), lambda *_: None)
+    return Overlay(target, values), list(pruning.found.values())
 
 
 class Yardstick:
@@ -87,7 +89,7 @@ class Yardstick:
         self.normed = self.trunk.forward(ids)
         self.documents = torch.arange(len(ids)).repeat_interleave(ids.shape[1] - 1)
 
-    def measure(self, target: Pruned) -> tuple[Tensor, float]:
+    def measure(self, target: Overlay) -> tuple[Tensor, float]:
         """KL of every token, nats; acceptance at position 1."""
         trunk = Trunk(target, map_of(target))
         normed = trunk.forward(self.ids)
@@ -96,17 +98,18 @@ class Yardstick:
         return found.divergence, acceptance(accepted(found.greedy_release, drafts))[0].mean
 
 
-def table(ratio: float, rows: int, seeds: int) -> list[dict[str, Any]]:
+def table(ratio: float, rows: int, seeds: int, names: list[str]) -> list[dict[str, Any]]:
     """Every criterion at one ratio."""
     folder = checkpoint("moe")
     source = Checkpoint.open(folder)
     map, ids = map_of(source), calibration_rows(folder, samples=rows, length=LENGTH).ids
     yardstick = Yardstick(source, map, held_out_rows(folder, DOCUMENTS, LENGTH).ids)
     found, divergences = list[dict[str, Any]](), dict[str, Tensor]()
-    for name in (*CRITERIA, ONE_BY_ONE):
+    for name in names:
         started = time.process_time()
-        criterion: Criterion = "reap" if name == ONE_BY_ONE else name  # type: ignore[assignment]
-        tries = [Prune(ratio=ratio, criterion=criterion, seed=seed) for seed in range(seeds if name == "random" else 1)]
+        criterion: Criterion = "reap" if name in (ONE_BY_ONE, SCALED) else name  # type: ignore[assignment]
+        settings = Prune(ratio=ratio, criterion=criterion, repair="scale" if name == SCALED else "none")
+        tries = [settings.model_copy(update={"seed": seed}) for seed in range(seeds if name == "random" else 1)]
         made = [pruned(source, map, ids, one, OneByOne if name == ONE_BY_ONE else Pruning) for one in tries]
         seconds = time.process_time() - started
         measured = [yardstick.measure(target) for target, _ in made]
@@ -147,8 +150,15 @@ def main() -> None:
     parser.add_argument("--ratios", nargs="*", type=float, default=[0.25, 0.5])
     parser.add_argument("--rows", type=int, default=128, help="calibration rows of 512 tokens")
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument(
+        "--criteria", nargs="*", default=[*CRITERIA, ONE_BY_ONE, SCALED], help="reap comes first, whatever else"
+    )
     args = parser.parse_args()
-    every = [row for ratio in args.ratios for row in table(ratio, args.rows, args.seeds)]
+    every = [
+        row
+        for ratio in args.ratios
+        for row in table(ratio, args.rows, args.seeds, list(dict.fromkeys(["reap", *args.criteria])))
+    ]
     results = Path(__file__).parent / "results"
     results.mkdir(exist_ok=True)
     (results / "experts-moe.json").write_text(json.dumps(every, indent=1) + "\n", encoding="utf-8")

@@ -75,7 +75,8 @@ def main() -> None:
     every: list[dict[str, Any]] = []
     for which in args.models:
         with tempfile.TemporaryDirectory() as folder:
-            rows = [measure(recipe, which, Path(folder)) for recipe in args.recipes]
+            fitting = [recipe for recipe in args.recipes if which == "moe" or not load_recipe(recipe).prune]
+            rows = [measure(recipe, which, Path(folder)) for recipe in fitting]
         (results / f"quality-{which}.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         every += rows
     print(markdown(every))

@@ -129,6 +129,9 @@ class PrunedLayer(Record):
         saliency_kept: share of the sum of saliencies that stayed.
         contribution_kept: share of the sum over all tokens of router weight times norm that stayed.
         not_finite: outputs of experts that were not counted because they were NaN or infinite.
+        error: relative squared error of what the layer's experts add to held-out calibration tokens once some are gone; None where no repair was tried.
+        error_repaired: the same after the repair.
+        repaired: whether the repair was taken.
     """
 
     component: str
@@ -139,6 +142,9 @@ class PrunedLayer(Record):
     saliency_kept: float
     contribution_kept: float
     not_finite: int = 0
+    error: float | None = None
+    error_repaired: float | None = None
+    repaired: bool = False
 
     @property
     def label(self) -> str:
