@@ -32,6 +32,7 @@ from qwench.steps.prepare import prepared
 from qwench.steps.quantize import do_jobs
 from qwench.steps.record import coverage_warning, pruning_facts
 from qwench.stream.rows import Rows, held_out_rows, ids_sha256
+from tests.steps.test_calibrate_head import TOKEN, overflowing
 from tests.support.files import same_bits
 from tests.support.tiny import Experts, Head, Layout, write_tiny
 
@@ -44,7 +45,8 @@ INT4 = "  - quantize: {method: rtn, rules: [{roles: [expert.*, shared.gate, shar
 def plan_of(folder: Path, prune: str = "{ratio: 0.5}", others: str = "", export: str = "{format: compressed-tensors}") -> Plan:
     text = f"name: t\ncalibration: {{samples: {ROWS}, length: {LENGTH}}}\nsteps:\n  - prune: {prune}\n{others}  - export: {export}\n"
     recipe = parse_recipe(text, "t")
-    source = prepared(recipe, Checkpoint.open(folder), None)
+    opened = Checkpoint.open(folder) if folder.is_dir() else sketch(json.loads(folder.read_text(encoding="utf-8")))
+    source = prepared(recipe, opened, None)
     return make_plan(recipe, source, map_of(source))
 
 
@@ -314,6 +316,8 @@ def test_the_35b_is_planned_from_67_gib_to_35_to_11() -> None:
     assert said["source_bytes"] - said["bytes"] == 2 * (41 * 128 * 3 * 2048 * 512 + 41 * 128 * 2048)
     assert said["bytes"] == pytest.approx(38.9e9, rel=1e-2)
     assert sum(row["source_bytes"] for row in said["precision"]) == said["source_bytes"], "experts that go were somewhere"
+    text = plan_of(PUBLISHED, export="{format: compressed-tensors, layout: text, experts: single, drop: [mtp]}")
+    assert text.nbytes / 2**30 == pytest.approx(34.6, rel=1e-2), "what release 5 was before it was quantized"
     plan, said = planned("reap50-autoround-int4")
     assert said["bytes"] == pytest.approx(11.2e9, rel=1e-2)
     assert plan.config["num_experts"] == 128 and plan.config["architectures"] == ["Qwen3_5MoeForCausalLM"]
@@ -367,3 +371,14 @@ def test_a_repair_that_cannot_be_judged_is_left(tmp_path: Path) -> None:
     few = Rows(rows.ids[:3], (0, 1, 2), ("0", "1", "2"), "random ids", "ab" * 32, ids_sha256(rows.ids[:3]))
     facts = released(plan_of(write_tiny(tmp_path / "m", moe=True), "{ratio: 0.5, repair: scale}"), tmp_path / "out", few)
     assert not any(layer.repaired for layer in facts.layers)
+
+
+def test_a_row_that_overflows_takes_no_part_in_the_ranking(tmp_path: Path) -> None:
+    """From the layer on that makes it non-finite; what it did in that layer's sums before somebody noticed is not in them either."""
+    plan = plan_of(overflowing(write_tiny(tmp_path / "m", moe=True)))
+    rows = rows_of(416)
+    rows.ids[rows.ids == TOKEN] = TOKEN + 1
+    rows.ids[8, 30] = TOKEN
+    facts = released(plan, tmp_path / "out", rows)
+    assert [sum(layer.tokens) for layer in facts.layers] == [2 * 400, *[2 * 360] * 3, 2 * 9 * 39]
+    assert all(layer.not_finite == 0 for layer in facts.layers)
