@@ -1,6 +1,6 @@
 """What a person types. Each command is a few lines: find the model, call a step, show what came of it.
 
-The commands lie in files by what they are for: `making` (recipes, inspect, plan, run, demo), `measuring` (eval, verify), `comparing`, `publishing` (card, reproduce).
+The commands lie in files by what they are for: `making` (recipes, inspect, plan, run, demo), `measuring` (eval, verify), `comparing`, `publishing` (card, serve, push, reproduce).
 
 Exit codes: 0 done, 2 the user can mend it (one message, no traceback), 1 our fault.
 """

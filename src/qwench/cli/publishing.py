@@ -64,3 +64,77 @@ def reproduce(
             else "see both provenance.json"
         )
         raise VerificationError(what, mend)
+
+
+@app.command()
+def serve(
+    release: ReleaseArgument,
+    engine: Annotated[
+        str | None,
+        typer.Option("--engine", metavar="NAME", help="vllm, sglang or llama.cpp; left out: llama.cpp for GGUF, else vllm."),
+    ] = None,
+    file: Annotated[str | None, typer.Option("--file", metavar="NAME", help="One file of a GGUF release.")] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of the longest conversation; left out, what the model has and the memory holds."),
+    ] = None,
+    vram: Annotated[
+        float | None, typer.Option(help="GiB of the GPU that it is for; left out, that of this machine's first GPU.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; the engine's own if left out.")] = "",
+    port: Annotated[int | None, typer.Option(help="Port to listen on; the engine's own if left out.")] = None,
+    start: Annotated[bool, typer.Option("--run", help="Start it, and not only print it.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Print the command that serves a release on this machine, or start it: context, cache, MTP speculation, parsers.
+
+    Example: `qwench serve ./Qwen3.5-9B-NVFP4A16 --engine vllm --vram 24`
+    """
+    from qwench.models.place import gpu_memory
+    from qwench.steps.launch import shell
+    from qwench.steps.serve import run_server, serving
+
+    found = serving(release, engine, file, int(vram * 2**30) if vram else gpu_memory(), context, host, port)
+    if as_json:
+        print_json(asdict(found))
+    else:
+        for note in found.notes:
+            display.err.print(f"note: {note}", markup=False)
+        print(shell(found.words), flush=True)  # plain: it is to be copied
+    if start:
+        run_server(found)
+
+
+@app.command()
+def push(
+    release: ReleaseArgument,
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository on the hub; made if there is none.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository one that only its owner sees.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go, and ask nobody.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Upload a finished release to the Hugging Face hub. A push that was stopped goes on when the same command is given again.
+
+    Example: `qwench push ./Qwen3.5-9B-NVFP4A16 me/Qwen3.5-9B-NVFP4A16 --dry-run`
+    """
+    from qwench.steps import push as step
+
+    items = step.files_to_push(release)
+    for note in step.warnings(release):
+        display.err.print(f"note: {note}", markup=False)
+    if dry_run:
+        found = None
+    else:
+        with display.progress("push") as report:
+            found = step.push(release, repository, items, private, report)
+    sent = found.sent if found else items
+    if as_json:
+        data = {"repository": repository, "url": found.url if found else None, "dry_run": dry_run}
+        print_json(data | {"sent": [asdict(i) for i in sent], "there": [asdict(i) for i in found.there] if found else []})
+        return
+    title = f"What would go to {repository}" if dry_run else f"What went to {repository}"
+    display.out.print(display.table(title, ["file", "size"], [(item.name, display.size(item.bytes)) for item in sent]))
+    display.out.print(f"{len(sent)} files, {display.size(sum(item.bytes for item in sent))}")
+    if found:
+        there = f"; {len(found.there)} files lay there already" if found.there else ""
+        display.out.print(f"{found.url}{there}", markup=False)

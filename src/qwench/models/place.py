@@ -80,6 +80,11 @@ def peak_vram(place: Place) -> int | None:
     return torch.cuda.max_memory_reserved(place.device) if place.device.type == "cuda" else None
 
 
+def gpu_memory() -> int | None:
+    """Bytes of the first GPU's memory; None where PyTorch finds no GPU."""
+    return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
+
+
 @contextmanager
 def memory_is_told(place: Place) -> Iterator[None]:
     """A GPU that is too small is said to be so. Raises UserError."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from qwench.result import Result, Verification
+from qwench.steps.launch import Launch, arguments, shell
 
 TITLES = {"vllm": "vLLM", "transformers": "Transformers", "sglang": "SGLang"}
 """Engines that every card speaks of, in this order."""
@@ -19,7 +20,6 @@ EXPERTS_TRANSFORMERS = (
     "Transformers 5.23 reads such experts wrongly, and says nothing: it drops the global scale of NVFP4 and the zero points of asymmetric integers. "
     "Do not use it for this release."
 )
-DRAFTS = 2
 
 TRANSFORMERS = """\
 import torch
@@ -46,14 +46,11 @@ def engine_sections(result: Result, name: str) -> list[dict[str, Any]]:
 
 def launch_command(engine: str, result: Result, name: str) -> tuple[str, str] | None:
     """(command, its language) that starts an engine on this release; None for an engine that we know none for."""
-    if engine == "vllm":
-        speculation = f""" \\\n  --speculative-config '{{"method": "mtp", "num_speculative_tokens": {DRAFTS}}}'"""
-        return f"vllm serve {name} --dtype bfloat16{speculation if _has(result, 'mtp') else ''}", "bash"
+    if engine in ("vllm", "sglang"):
+        return shell(arguments(engine, Launch(name, mtp=_has(result, "mtp")))), "bash"
     if engine == "transformers":
         auto = "AutoModelForImageTextToText" if _has(result, "vision") else "AutoModelForCausalLM"
         return TRANSFORMERS.format(auto=auto, name=name), "python"
-    if engine == "sglang":
-        return f"python -m sglang.launch_server --model-path {name} --dtype bfloat16", "bash"
     return None
 
 
