@@ -171,7 +171,7 @@ def scheme_of(config: Mapping[str, Any], module: str) -> Scheme | None:
         for target in group["targets"]
     ]
     best, group = min(ranked, key=lambda r: r[0], default=(NO_MATCH, None))
-    return _read_group(group, config, module) if group is not None and best < NO_MATCH else None
+    return read_group(group, config, module) if group is not None and best < NO_MATCH else None
 
 
 NO_MATCH = 3
@@ -184,7 +184,7 @@ def _specificity(target: str, module: str) -> int:
     return 2 if target == CLASS else NO_MATCH
 
 
-def _read_group(group: Mapping[str, Any], config: Mapping[str, Any], module: str) -> Scheme | None:
+def read_group(group: Mapping[str, Any], config: Mapping[str, Any], module: str) -> Scheme | None:
     weights = group.get("weights")
     if weights is None:
         return None

@@ -1,0 +1,119 @@
+"""The proof for one engine, and the table of engines: replay, agreement, and what an engine is known to compute wrongly."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qwench.checkpoint.source import StoredSource, TensorEntry
+from qwench.errors import EngineError
+from qwench.loading import sglang, transformers, vllm
+from qwench.loading.agreement import Read, disagreements
+from qwench.loading.findings import LEVELS, Finding, Proof, findings_of
+from qwench.loading.parts import Load, Model, Rule
+from qwench.loading.replay import container_for
+from qwench.models.claims import summary
+
+Tensors = Mapping[str, TensorEntry]
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Table:
+    """What is known of an engine in one version.
+
+    Attributes:
+        engine, version: whose it is.
+        rules: what it does, and where that is written.
+        models: the networks that it builds from a folder.
+        replay: what comes of loading them.
+        joins: whether members of joined modules must agree.
+    """
+
+    engine: str
+    version: str
+    rules: tuple[Rule, ...]
+    models: Callable[[Config, Tensors], list[Model]]
+    replay: Callable[[Config, Tensors], list[Load]]
+    joins: bool = True
+
+
+def _sglang(version: str) -> Table:
+    return Table(
+        "sglang", version, sglang.RULES,
+        lambda config, tensors: sglang.models_of(config, tensors, version), lambda config, tensors: sglang.replay(config, tensors, version),
+    )  # fmt: skip
+
+
+TABLES: dict[str, Table] = {
+    "vllm": Table("vllm", vllm.VERSION, vllm.RULES, vllm.models_of, vllm.replay),
+    "sglang": _sglang(sglang.VERSION),
+    "sglang-0.5.21": _sglang("0.5.21"),
+    "sglang-0.5.19": _sglang("0.5.19"),
+    "transformers": Table(
+        "transformers", transformers.VERSION, transformers.RULES, transformers.models_of, transformers.replay, joins=False
+    ),
+}
+"""By the name that a person types: an engine in its newest known version, or `engine-version`."""
+
+
+def prove(source: StoredSource, name: str, values: bool = True) -> Proof:
+    """Play through how an engine would load a checkpoint.
+
+    Args:
+        name: a key of `TABLES`.
+        values: read the few bytes of global scales and orders of columns; False where only headers are at hand.
+
+    Raises:
+        EngineError: no such table.
+        CheckpointError: the config cannot be read, or its quantization is of a kind that no table knows.
+    """
+    table = table_of(name)
+    loads = table.replay(source.config, source.tensors)
+    found = findings_of(loads, table.rules)
+    read: Read | None = source.read if values else None
+    if table.joins:
+        models = table.models(source.config, source.tensors)
+        weight_only = any(
+            s and s.kind == "nvfp4" and s.activations == "none" for model in models for s in model.schemes.values()
+        )
+        stops = table.engine == "sglang" and weight_only  # rule nvfp4-one-global
+        found += disagreements(models, source.tensors, source.config, container_for(source.config), read, stops)
+    found += known_wrong(table, source.config, source.tensors)
+    consumed = set().union(*(made.consumed for made in loads))
+    notes = () if values else ("headers only: global scales and orders of columns were not compared",)
+    ranked = tuple(sorted(found, key=lambda finding: LEVELS.index(finding.level)))
+    return Proof(table.engine, table.version, tuple(made.model for made in loads), len(consumed), ranked, notes)
+
+
+def table_of(name: str) -> Table:
+    """A table by its name. Raises EngineError."""
+    if name not in TABLES:
+        near = difflib.get_close_matches(name, TABLES, n=1)
+        what = f"there are no rules of {name!r} for an offline proof{f' (did you mean {near[0]!r}?)' if near else ''}"
+        raise EngineError(what, f"use one of {', '.join(TABLES)}")
+    return TABLES[name]
+
+
+def known_wrong(table: Table, config: Config, tensors: Tensors) -> Iterator[Finding]:
+    """What an engine loads whole and computes wrongly, told from names."""
+    if table.engine != "transformers" or not config.get("quantization_config"):
+        return
+    cited = {rule.name: f"{rule.says} ({rule.source})" for rule in table.rules}
+    names = [
+        name
+        for name in tensors
+        if ".mlp.experts." in name and name.endswith(".weight_global_scale") and not name.startswith("mtp.")
+    ]
+    if names:
+        what = f"NVFP4 experts come out too large by their global scale: {summary(names)}"
+        yield Finding(
+            "wrong",
+            "transformers",
+            what,
+            "do not run this release in transformers; vLLM reads it rightly",
+            tuple(names),
+            cited["nvfp4-experts"],
+        )

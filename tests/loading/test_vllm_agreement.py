@@ -1,0 +1,63 @@
+"""The table of vLLM's rules against vLLM itself: which parameters it builds, which tensors it takes, what it leaves uninitialized, where it stops."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwench.checkpoint.reader import Checkpoint
+from qwench.loading import vllm
+from qwench.loading.parts import Load, Model
+from tests.loading.cases import CASES, make
+from tests.loading.vllm_asked import vllm_loads
+
+STARTS_WITH_VALUES = ("_scale", "_zero_point", "w13_bias", "w2_bias")
+"""Ends of the names of parameters that no checkpoint of ours fills: those of a quantized cache, and biases that GPTQ experts are given."""
+
+
+@pytest.mark.engine("vllm")
+def test_table_and_vllm_agree_on_good_and_on_broken_files(tmp_path: Path) -> None:
+    """One process loads all of them: most of the time is the import."""
+    folders = {name: make(tmp_path, name) for name in CASES}
+    (tmp_path / "room").mkdir()
+    answers = vllm_loads(list(folders.values()), tmp_path / "room")
+    differing = {}
+    for (name, folder), real in zip(folders.items(), answers, strict=True):
+        with Checkpoint.open(folder) as source:
+            models, loads = vllm.models_of(source.config, source.tensors), vllm.replay(source.config, source.tensors)
+        found = [d for model, load, seen in zip(models, loads, real, strict=False) for d in differences(model, load, seen)]
+        if found or not loads:
+            differing[name] = found
+    assert not differing
+    broken = [
+        name for name, real in zip(folders, answers, strict=True) if any(r["refused"] or r.get("uninitialized") for r in real)
+    ]
+    assert len(broken) > 10  # that there was something to disagree about
+
+
+def differences(model: Model, load: Load, seen: dict[str, Any]) -> list[str]:
+    """How vLLM's account of a model differs from the table's."""
+    stops = bool(load.refusals or load.misfits)
+    if bool(seen["refused"]) != stops:
+        return [f"{load.model}: vLLM says {seen['refused']!r}, the table {load.refusals[:2]} {list(load.misfits.items())[:2]}"]
+    if stops:
+        return []
+    named = {
+        n
+        for n in seen["parameters"]
+        if not (".attn." in n and n.endswith(STARTS_WITH_VALUES)) and not n.endswith(STARTS_WITH_VALUES[2:])
+    }
+    unread = {n for n in named if n.endswith("input_global_scale")} - set(model.parameters)
+    sides = {
+        "built": (named - unread, set(model.parameters)),
+        "consumed": (set(seen["consumed"]), load.consumed),
+        "uninitialized": (set(seen["uninitialized"]) - unread, set(load.unfilled)),
+    }
+    wrong = [
+        f"{load.model}: {what}: vLLM alone {sorted(r - t)[:3]}, table alone {sorted(t - r)[:3]}"
+        for what, (r, t) in sides.items()
+        if r != t
+    ]
+    return wrong + ([] if load.model == seen["model"] else [f"{load.model} is {seen['model']}"])
