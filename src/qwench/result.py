@@ -105,6 +105,8 @@ class CalibrationFacts(Record):
     """What a calibrated run read and what its methods said.
 
     Attributes:
+        images: in the rows; `images_sha256` is over their bytes and places.
+        left_out: records that gave no row, or no images, counted by reason.
         lost_rows: rows that were left out because their hidden states were not finite: (layer, row).
         reports: what each method said of each set of weights, by its name; fallbacks are among them.
     """
@@ -114,6 +116,9 @@ class CalibrationFacts(Record):
     ids_sha256: str
     rows: int
     length: int
+    images: int = 0
+    images_sha256: str | None = None
+    left_out: dict[str, int] = Field(default_factory=dict)
     lost_rows: list[tuple[int, int]] = Field(default_factory=list)
     reports: dict[str, str] = Field(default_factory=dict)
 

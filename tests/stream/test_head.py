@@ -61,7 +61,7 @@ class Seen:
         self.labels.append(live.label)
         if live.block.component == "mtp":
             assert rows.original is not None and rows.targets is not None
-            self.pairs, self.targets = torch.cat(list(rows.batches())), rows.targets.read(0, ROWS)
+            self.pairs, self.targets = torch.cat([batch.hidden for batch in rows.batches()]), rows.targets.read(0, ROWS)
             assert torch.equal(self.pairs, rows.original.read(0, ROWS))
 
 

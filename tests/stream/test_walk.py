@@ -44,7 +44,7 @@ class Halve:
 
     def __call__(self, live: LiveBlock, rows: Rows) -> None:
         original = rows.original.read(0, ROWS) if rows.original else None
-        self.seen.append((live.block.index, torch.cat(list(rows.batches())), original))
+        self.seen.append((live.block.index, torch.cat([batch.hidden for batch in rows.batches()]), original))
         role = "attention.o" if live.block.kind == "full_attention" else "delta.out"
         if live.block.index >= 1:
             live.alter(live.block.slot(role), live.weight(live.block.slot(role)) / 2)

@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from qwench.methods.tuned_matrix import TunedMatrix
 
-Run = Callable[[dict[str, Tensor], Tensor], Tensor]
+Run = Callable[[dict[str, Tensor], Any], Tensor]
 """The block: values of the tuned weights by parameter, and some rows of inputs -> its output. It holds all other parameters itself."""
 
 
@@ -26,8 +26,8 @@ class Rows(Protocol):
     @property
     def shape(self) -> tuple[int, ...]: ...
 
-    def pick(self, rows: Tensor, /) -> Tensor:
-        """Some of them by number, in the order asked for."""
+    def pick(self, rows: Tensor, /) -> Any:
+        """Some of them by number, in the order asked for: a tensor; inputs may also be what the block takes and has a tensor's `to(device, dtype)`."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,8 @@ class TunedBlock:
     def _squares(self, rows: Tensor) -> Tensor:
         """Sum of squared errors of the output, float32."""
         output = self.run(dict(self.parameters), self.inputs.pick(rows).to(self.device, self.dtype))
-        return (output.to(torch.float32) - self.targets.pick(rows).to(self.device, torch.float32)).square().sum()
+        wanted: Tensor = self.targets.pick(rows).to(self.device, torch.float32)
+        return (output.to(torch.float32) - wanted).square().sum()
 
     def _rows_that_fit(self) -> int:
         """Rows whose activations stay within the limit; at least 1. Measured: what two rows make autograd keep, less what one does."""

@@ -23,7 +23,7 @@ from qwench.errors import CheckpointError, UserError
 from qwench.models.inputs import rounded_inputs, rounding_inputs
 from qwench.models.map import ModelMap
 from qwench.models.modules import Modules, lend, text_positions
-from qwench.models.place import CPU
+from qwench.models.place import CPU, Place
 from qwench.models.weights import read_block, read_rows, read_slot
 
 POSITIONS = 4096
@@ -54,6 +54,11 @@ class Trunk:
         self.source, self.map, self.dtype, self.device = source, map, dtype, device
         self.modules = Modules(source.config, map)
         self._head: Tensor | None = None
+
+    @property
+    def place(self) -> Place:
+        """Where it computes, and in which numbers."""
+        return Place(self.device, self.dtype)
 
     @property
     def vocabulary(self) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
@@ -133,7 +134,8 @@ class Calibration(Strict):
         split: of a data set.
         revision: branch, tag or commit of a hub data set, if `text` has no `@revision`.
         thinking: reasoning in conversations: `filled`: as the data has it; `off`: taken out, and the template told so.
-        images: records with images are left out (`skip`), or their text is taken without them (`text`). Both are counted.
+        images: records with images are left out (`skip`), or their text is taken without them (`text`); both are
+            counted. `use`: rows hold the images too, as the vision tower embeds them; not packed then.
     """
 
     text: str = Field("carried", min_length=1)
@@ -145,12 +147,21 @@ class Calibration(Strict):
     split: str = "train"
     revision: str | None = None
     thinking: Literal["filled", "off"] = "filled"
-    images: Literal["skip", "text"] = "skip"
+    images: Literal["skip", "text", "use"] = "skip"
 
     @field_validator("thinking", mode="before")
     @classmethod
     def _off(cls, value: object) -> object:
         return "off" if value is False else value  # YAML reads a bare `off` as false
+
+    @model_validator(mode="before")
+    @classmethod
+    def _images_are_not_packed(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and data.get("images") == "use":
+            if data.get("packed"):
+                raise ValueError("rows with images are not packed: set packed to false, or leave it out, where images is `use`")
+            return {**data, "packed": False}
+        return data
 
 
 Component = Literal["text", "mtp", "vision"]

@@ -130,7 +130,7 @@ def calibrate(
         for job in layers[depth if live.block.component == "mtp" else live.block.index]:
             write_job(job, live, stored, writer)
 
-    walk(settings, whole, map, rows.ids, files, emit, tell)
+    walk(settings, whole, map, rows.ids, files, emit, tell, rows.pictures)
     reports = {key.removeprefix(REPORT): str(data["says"]) for key, data in writer.remarks.items() if key.startswith(REPORT)}
     return Calibrated(reports, settings.lost)
 

@@ -26,6 +26,7 @@ from qwench.models.place import Place
 from qwench.numerics.ggml_native import library
 from qwench.recipe import recipe_data
 from qwench.result import FILE_NAME, AcceptanceCheck, CalibrationFacts, FileFact, Result, RunFacts
+from qwench.steps.calibrate import Calibrated
 from qwench.steps.card import FILE_NAME as CARD
 from qwench.steps.gate import first_position
 from qwench.steps.gguf_card import card_text
@@ -34,7 +35,7 @@ from qwench.steps.gguf_table import precision_rows
 from qwench.steps.heads import HeadWatch
 from qwench.steps.material import Material
 from qwench.steps.provenance import Origin, seal
-from qwench.steps.record import place_facts, source_facts
+from qwench.steps.record import calibration_facts, place_facts, source_facts
 from qwench.stream.importance import importance_walk
 from qwench.stream.rows import Rows
 
@@ -66,7 +67,7 @@ def make_release(
     material = watch.material
     sizes: dict[str, int | None] = {IMPORTANCE: None} if plan.export.importance else {}
     sizes |= {file.name: file.nbytes for file in plan.files}
-    fingerprint = plan.fingerprint + material.source.stamp() + (rows.ids_sha256 if rows is not None else "")
+    fingerprint = plan.fingerprint + material.source.stamp() + (rows.digest if rows is not None else "")
     with WholeFiles(out, sizes, fingerprint, _other_bytes(plan, material, rows)) as files:
         for note in (*material.source.notes, *files.notes, *plan.notes, *watch.notes):
             report.note(note)
@@ -149,7 +150,7 @@ def _observed(plan: GgufRelease, rows: Rows | None, files: WholeFiles, progress:
     lost: list[tuple[int, int]] = []
     files.scratch.mkdir(exist_ok=True)
     squares = importance_walk(
-        plan.source, plan.map, rows.ids, folder=files.scratch, tell=progress.layers, place=place,
+        plan.source, plan.map, rows.ids, folder=files.scratch, tell=progress.layers, place=place, pictures=rows.pictures,
         lost=lambda layer, row: lost.append((layer, row)),
     )  # fmt: skip
     whole = plan_gguf(plan.source, plan.map, name=plan.name)
@@ -186,12 +187,8 @@ def _record(
 
 
 def _calibration(rows: Rows, files: WholeFiles) -> CalibrationFacts:
-    count, length = rows.ids.shape
-    return CalibrationFacts(
-        text=rows.text, text_sha256=rows.text_sha256, ids_sha256=rows.ids_sha256, rows=count, length=length,
-        lost_rows=[(layer, row) for layer, row in files.remarks[OBSERVED]["lost_rows"]],
-        reports={"quantizer": "llama.cpp's own" if library() is not None else "ours"},
-    )  # fmt: skip
+    lost = [(layer, row) for layer, row in files.remarks[OBSERVED]["lost_rows"]]
+    return calibration_facts(rows, Calibrated({"quantizer": "llama.cpp's own" if library() is not None else "ours"}, lost))
 
 
 def _sidecars(plan: GgufRelease, material: Material, result: Result, title: str) -> dict[str, bytes | Path]:

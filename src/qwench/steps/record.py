@@ -57,6 +57,9 @@ def calibration_facts(rows: Rows, found: Calibrated) -> CalibrationFacts:
         ids_sha256=rows.ids_sha256,
         rows=count,
         length=length,
+        images=len(rows.pictures.places) if rows.pictures else 0,
+        images_sha256=rows.pictures.sha256 if rows.pictures else None,
+        left_out=dict(rows.left_out),
         lost_rows=found.lost_rows,
         reports=found.reports,
     )

@@ -10,8 +10,9 @@ same rows.
 cut at ends of lines: otherwise one book would fill all rows. **Not packed**: a row is one document's first `length` tokens; shorter documents are skipped and counted. A `.txt` file has no documents: its pieces
 are taken for them.
 
-**Images.** Rows are text alone, and no image processor is ever asked for. A record with images, video or sound is left out, or taken without them, and counted either way. Rows that hold
-the images themselves do not exist yet.
+**Images.** Rows are text alone unless `images` is `use`, and then no image processor is ever asked for. A record with images, video or sound is left out (`skip`), or taken without them
+(`text`), and counted either way. With `use` a row holds a record's images too: in place of each stand as many tokens as the vision tower makes of it. Such rows are not packed, and a
+record with an image that the row's end would cut is left out.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +32,9 @@ import numpy as np
 import torch
 
 from qwench.errors import CheckpointError, TextError
-from qwench.stream.chat import Thinking, render
+from qwench.models.grid import Grid, tokens_of
+from qwench.stream.chat import IMAGE_MARK, Thinking, render
+from qwench.stream.images import ImageProcessor, Picture, Pictures, sha256_of
 from qwench.stream.rows import Document, Rows, ids_sha256, load_tokenizer
 from qwench.stream.texts import find_text
 
@@ -41,8 +45,10 @@ PIECE = 8
 END_OF_TEXT = "<|endoftext|>"
 """What Qwen's models saw between documents; their `eos_token` ends a turn, not a document."""
 
-Images = Literal["skip", "text"]
+Images = Literal["skip", "text", "use"]
 Numbered = tuple[int, Document]
+Placed = tuple[int, Grid, Any, str]
+"""An image in a row: its first token, its patches, where its bytes are, their SHA-256."""
 
 
 def calibration_rows(
@@ -72,6 +78,7 @@ def calibration_rows(
         CheckpointError: the folder holds no tokenizer that can be read.
         TextError: the text is missing, unreadable, or has too few tokens.
     """
+    assert images != "use" or not packed, "rows with images are not packed"
     if samples < 1 or length < 2:
         raise TextError(f"{samples} rows of {length} tokens cannot calibrate", "ask for at least 1 row of at least 2 tokens")
     reader = Reader(load_tokenizer(tokenizer_folder), tokenizer_folder, thinking, images)
@@ -165,12 +172,17 @@ class Reader:
     left_out: Counter[str] = field(default_factory=Counter)
     refusal: str = ""
 
+    @cached_property
+    def processor(self) -> ImageProcessor:
+        """The checkpoint's. Raises CheckpointError."""
+        return ImageProcessor(self.folder)
+
     def tokens(self, document: Document, most: int | None = None) -> list[int]:
         """The token ids of a document, or the first `most` of them; none where it is left out."""
         if document.media and self.images == "skip":
             self.left_out["with images"] += 1
             return []
-        text = self._conversation(document) if document.messages else document.text
+        text = self._text(document)
         if text is None:
             return []
         if not text.strip():
@@ -178,18 +190,77 @@ class Reader:
             return []
         if document.media:
             self.left_out["taken without images"] += 1
+        return self._ids(text, most)
+
+    def with_images(self, document: Document, most: int) -> tuple[list[int], list[Placed]]:
+        """The first `most` token ids of a document with images, and the images among them; none where it is left out."""
+        if document.moving:
+            return self._without("with video or sound")
+        try:
+            grids = [self.processor.grid(image) for image in document.images if image is not None]
+            hashes = [sha256_of(image) for image in document.images if image is not None]
+        except (
+            OSError,
+            ValueError,
+            SyntaxError,
+        ):  # what Pillow raises for a broken file, the processor for an impossible shape
+            return self._without("with images that cannot be read")
+        if len(grids) < len(document.images):
+            return self._without("with images that are not on this machine")
+        text = self._text(document, images=True)
+        if text is None:
+            return [], []
+        ids = self._ids(text)
+        starts = [place for place, token in enumerate(ids) if token == self.processor.token_id]
+        if len(starts) != len(grids):
+            return self._without("with text that names image tokens")
+        return self._expanded(ids, starts, list(zip(grids, document.images, hashes, strict=True)), most)
+
+    def _expanded(
+        self, ids: list[int], starts: list[int], images: list[tuple[Grid, Any, str]], most: int
+    ) -> tuple[list[int], list[Placed]]:
+        """One token for each image -> as many as it takes."""
+        found, placed, done = list[int](), list[Placed](), 0
+        for start, (grid, image, sha256) in zip(starts, images, strict=True):
+            found += ids[done:start]
+            count, done = tokens_of(grid, self.processor.merge), start + 1
+            if len(found) < most < len(found) + count:
+                return self._without("with images that the end of a row would cut")
+            placed += [(len(found), grid, image, sha256)] * (len(found) < most)
+            found += [self.processor.token_id] * count
+        return [*found, *ids[done:]][:most], placed
+
+    def _without(self, reason: str) -> tuple[list[int], list[Placed]]:
+        self.left_out[reason] += 1
+        return [], []
+
+    def _text(self, document: Document, images: bool = False) -> str | None:
+        """What is cut into tokens; None where it is left out."""
+        if document.messages:
+            return self._conversation(document, images)
+        if not images:
+            return document.text
+        mark = "".join(map(self.tokenizer.convert_ids_to_tokens, self.processor.framed))
+        places = len(IMAGE_MARK.findall(document.text))
+        if places in (0, len(document.images)):
+            front = mark * len(document.images) if not places else ""
+            return front + IMAGE_MARK.sub(lambda _: mark, document.text)
+        self.left_out["with other images than places for them"] += 1
+        return None
+
+    def _ids(self, text: str, most: int | None = None) -> list[int]:
         # verbose: the tokenizer would warn that a document is longer than the model's context
         cut = {} if most is None else {"truncation": True, "max_length": most}
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False, **cut)["input_ids"])
 
-    def _conversation(self, document: Document) -> str | None:
+    def _conversation(self, document: Document, images: bool = False) -> str | None:
         if not self.tokenizer.chat_template:
             raise CheckpointError(
                 f"the tokenizer in {self.folder} has no chat template, and {document.name} is a conversation",
                 "copy chat_template.jinja of the base checkpoint there, or calibrate on plain text",
             )
         try:
-            return render(self.tokenizer, document, self.thinking)
+            return render(self.tokenizer, document, self.thinking, images)
         except ValueError as error:
             self.left_out["refused conversations"] += 1
             self.refusal = self.refusal or f"{document.name}: {error}"
@@ -214,12 +285,14 @@ class Taken:
         ids: one after the other.
         starts: where documents begin in `ids`, ascending, the first at 0.
         documents, names: the numbers and names of these documents.
+        images: by row.
     """
 
     ids: array[int] = field(default_factory=lambda: array("q"))
     starts: list[int] = field(default_factory=list)
     documents: list[int] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
+    images: list[Picture] = field(default_factory=list)
 
     def add(self, number: int, document: Document, tokens: list[int]) -> None:
         self.starts.append(len(self.ids))
@@ -233,7 +306,10 @@ class Taken:
         first = [bisect.bisect_right(self.starts, row * length) - 1 for row in range(len(ids))]
         documents, names = tuple(self.documents[i] for i in first), tuple(self.names[i] for i in first)
         skipped = reader.left_out["too short"]
-        return Rows(ids, documents, names, text, text_sha256, ids_sha256(ids), skipped, revision, dict(reader.left_out))
+        pictures = Pictures(tuple(self.images), reader.processor) if self.images else None
+        return Rows(
+            ids, documents, names, text, text_sha256, ids_sha256(ids), skipped, revision, dict(reader.left_out), pictures
+        )
 
 
 def packed_rows(documents: Iterable[Numbered], reader: Reader, samples: int, length: int) -> Taken:
@@ -255,8 +331,13 @@ def document_rows(documents: Iterable[Numbered], reader: Reader, samples: int, l
     """One row for each document that is long enough; as many as there are, where there are too few."""
     taken = Taken()
     for number, document in documents:
-        tokens = reader.tokens(document, length)
+        placed: list[Placed] = []
+        if reader.images == "use" and document.media:
+            tokens, placed = reader.with_images(document, length)
+        else:
+            tokens = reader.tokens(document, length)
         if len(tokens) == length:
+            taken.images += [Picture(len(taken.ids) // length, *place) for place in placed]
             taken.add(number, document, tokens)
         elif tokens:
             reader.left_out["too short"] += 1
@@ -274,7 +355,10 @@ def _too_few(name: str, taken: Taken, reader: Reader, read: int, samples: int, l
     if reader.refusal:
         what += f"; the first refused was {reader.refusal}"
     fewer = f"set calibration.samples to {rows}, " if rows else ""
-    return TextError(what, f"{fewer}shorten calibration.length, {'' if packed else 'pack the documents, '}or give more text")
+    return TextError(
+        what,
+        f"{fewer}shorten calibration.length, {'' if packed or reader.images == 'use' else 'pack the documents, '}or give more text",
+    )
 
 
 def _left_out(counts: Mapping[str, int]) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from qwench.stream.rows import Document
@@ -37,14 +37,23 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 MEDIA_PARTS = {"image", "image_url", "video", "video_url", "audio", "input_audio", "audio_url"}
 MEDIA_MARK = re.compile(r"<(?:image|video|audio)>\n?")
 """Where a medium stood, in data sets that keep it in a column of its own."""
+IMAGE_MARK = re.compile(r"<image>\n?")
+PLACE = "\ufffc"
+"""Where an image stands in a text: Unicode's own character for that."""
+IMAGE_PARTS = {"image", "image_url"}
 KEPT = ("tool_calls", "name", "tool_call_id")
 
 
-def render(tokenizer: Any, document: Document, thinking: Thinking) -> str:
-    """The text of a conversation, without its images. Raises ValueError where a message or the template makes no sense."""
+def render(tokenizer: Any, document: Document, thinking: Thinking, images: bool = False) -> str:
+    """The text of a conversation, without its images; or with the template's mark at the place of each.
+
+    Raises ValueError where a message or the template makes no sense, or there are other images than places for them.
+    """
     plain = [_message(message, thinking) for message in document.messages]
-    if document.media:
-        plain = [message | {"content": MEDIA_MARK.sub("", message["content"])} for message in plain]
+    if images and document.images:
+        plain = with_image_parts(plain, len(document.images))
+    elif document.media:
+        plain = [message | {"content": MEDIA_MARK.sub("", message["content"]).replace(PLACE, "")} for message in plain]
     try:
         text: str = tokenizer.apply_chat_template(plain, tokenize=False, enable_thinking=thinking == "filled")
     except Exception as error:  # templates are programs: they raise what they like
@@ -52,10 +61,52 @@ def render(tokenizer: Any, document: Document, thinking: Thinking) -> str:
     return text
 
 
-def holds_media(messages: Sequence[Any]) -> bool:
+def with_image_parts(messages: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """Messages whose images are parts of their content, as templates want them. Where nothing says where they stand, they come before what the user says first.
+
+    Raises ValueError where there are places for more or fewer than `count` images.
+    """
+    marked = [message | {"content": IMAGE_MARK.sub(PLACE, message["content"])} for message in messages]
+    places = sum(message["content"].count(PLACE) for message in marked)
+    if not places:
+        first = next((number for number, message in enumerate(marked) if message["role"] == "user"), 0)
+        marked[first] = marked[first] | {"content": PLACE * count + marked[first]["content"]}
+    elif places != count:
+        raise ValueError(f"{count} images for {places} places")
+    return [message | {"content": _split(message["content"])} for message in marked]
+
+
+def _split(content: str) -> str | list[dict[str, str]]:
+    if PLACE not in content:
+        return content
+    parts: list[dict[str, str]] = []
+    for number, text in enumerate(content.split(PLACE)):
+        parts += [{"type": "image"}] * (number > 0) + [{"type": "text", "text": text}] * bool(text)
+    return parts
+
+
+def holds_media(messages: Sequence[Any], kinds: Collection[str] = MEDIA_PARTS) -> bool:
     """Whether a conversation has images, video or sound in it."""
     parts = [part for message in messages if isinstance(message, Mapping) for part in _parts(message)]
-    return any(isinstance(part, Mapping) and part.get("type") in MEDIA_PARTS for part in parts)
+    return any(isinstance(part, Mapping) and part.get("type") in kinds for part in parts)
+
+
+def without_images(messages: Sequence[Mapping[str, Any]]) -> tuple[tuple[dict[str, Any], ...], list[object]]:
+    """Messages whose image parts say no more than that they are images; and what each of these parts said, None where that was nothing."""
+    images: list[object] = []
+
+    def bare(part: object) -> object:
+        if not isinstance(part, Mapping) or part.get("type") not in IMAGE_PARTS:
+            return part
+        images.append(next((part[key] for key in ("image", "image_url", "url", "path") if part.get(key)), None))
+        return {"type": "image"}
+
+    found = []
+    for message in messages:
+        key = "content" if "content" in message else "value"
+        content = message.get(key)
+        found.append(dict(message) | ({key: [bare(p) for p in content]} if isinstance(content, list | tuple) else {}))
+    return tuple(found), images
 
 
 def looks_like_chat(value: object) -> bool:
@@ -98,10 +149,12 @@ def _parts(message: Mapping[str, Any]) -> Sequence[Any]:
 
 
 def _text(part: object) -> str:
-    """The text of one part of a message; images have none."""
+    """The text of one part of a message; an image is the mark of its place, other media have none."""
     if isinstance(part, str):
         return part
     if isinstance(part, Mapping):
+        if part.get("type") in IMAGE_PARTS:
+            return PLACE
         return "" if part.get("type") in MEDIA_PARTS else str(part.get("text") or "")
     raise ValueError(f"a part of a message is {type(part).__name__}, neither text nor image")
 

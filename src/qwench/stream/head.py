@@ -27,6 +27,7 @@ from qwench.models.run import Trunk
 from qwench.models.weights import read_block, read_slot
 from qwench.stream.hidden import Hidden
 from qwench.stream.live import LiveBlock
+from qwench.stream.row_inputs import RowInputs
 
 STEM = "mtp."
 
@@ -97,13 +98,16 @@ class HeadStates:
 
     Attributes:
         hidden: the trunk's hidden states before its final norm.
-        ids: the rows' tokens, int64 [rows, length].
-        trunk: what embeds and norms.
+        inputs: the rows before the first layer.
     """
 
     hidden: Hidden
-    ids: Tensor
-    trunk: Trunk
+    inputs: RowInputs
+
+    @property
+    def trunk(self) -> Trunk:
+        """What norms."""
+        return self.inputs.trunk
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -122,7 +126,7 @@ class HeadStates:
     def pick(self, rows: Tensor) -> Tensor:
         """The pairs of some rows, in the order asked for."""
         hidden_BTD = self.trunk.norm(self.hidden.pick(rows)[:, :-1])
-        embedded_BTD = self.trunk.embed(self.ids[rows, 1:])
+        embedded_BTD = self.inputs.embed(rows)[:, 1:]
         return torch.cat([self._norm("embedding", embedded_BTD), self._norm("hidden", hidden_BTD)], dim=-1)
 
     def _norm(self, name: str, x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from qwench.models.map import ModelMap
 from qwench.models.place import CPU, Place
 from qwench.models.run import Trunk
 from qwench.stream.hidden import Hidden, HiddenFiles
+from qwench.stream.images import Pictures
 from qwench.stream.live import LiveBlock
 from qwench.stream.observe import Take
 from qwench.stream.walk import Tell, Walk, walk
@@ -74,6 +75,7 @@ def importance_walk(
     place: Place = CPU,
     stored: torch.dtype = torch.bfloat16,
     lost: Callable[[int, int], None] = lambda layer, row: None,
+    pictures: Pictures | None = None,
 ) -> Squares:
     """Sums of squared inputs of all linear modules of trunk, MTP head (where there is one) and lm_head (where it is not the embedding).
 
@@ -87,6 +89,7 @@ def importance_walk(
         place: where, and in which numbers.
         stored: dtype of the hidden states between layers; bfloat16 as the model itself would pass them on.
         lost: called with (layer, row) for each row that turned non-finite in a layer; from there on nothing counts it.
+        pictures: images in the rows.
 
     Raises:
         CheckpointError: from the source; or more than a tenth of the rows turned non-finite.
@@ -96,7 +99,7 @@ def importance_walk(
     with TemporaryDirectory(prefix="qwench-", dir=folder) as scratch:
         files = HiddenFiles(Path(scratch), (*ids_NT.shape, map.other("embed").shape[1]), stored, depth)
         settings = Walk(observers=[sums], mtp=map.has_mtp, batch=batch, place=place)
-        walk(settings, source, map, ids_NT, files, lambda live: None, tell)
+        walk(settings, source, map, ids_NT, files, lambda live: None, tell, pictures)
         sound = sorted(set(range(len(ids_NT))) - {row for _, row in settings.lost})
         _of_lm_head(
             sums,

@@ -12,6 +12,7 @@ Weights are in the numbers that the layer computes in, on the device that it run
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +27,27 @@ from qwench.models.modules import Modules, text_positions
 from qwench.models.place import CPU, Place
 from qwench.models.weights import FUSED, read_block
 from qwench.numerics import InputRounding, Quantized
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a layer reads of some rows.
+
+    Attributes:
+        hidden: their hidden states [B, T, D].
+        positions: where their tokens stand, int64 [3, B, T]; None: 0, 1, 2 ... as in text.
+    """
+
+    hidden: Tensor
+    positions: Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.hidden.shape
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Batch:
+        """The same elsewhere."""
+        return Batch(self.hidden.to(device, dtype), self.positions)
 
 
 class LiveBlock:
@@ -87,15 +109,17 @@ class LiveBlock:
         self.weight(slot).copy_(values)
 
     @torch.no_grad()
-    def run(self, hidden_BTD: Tensor) -> Tensor:
-        """Hidden states after the layer, for rows of text from anywhere; they stay on its device."""
-        return self.run_with(self.weights, hidden_BTD)
+    def run(self, batch: Batch | Tensor) -> Tensor:
+        """Hidden states [B, T, D] after the layer, for rows from anywhere; they stay on its device. A tensor is hidden states of text."""
+        return self.run_with(self.weights, batch)
 
-    def run_with(self, weights: Mapping[str, Tensor], hidden_BTD: Tensor) -> Tensor:
+    def run_with(self, weights: Mapping[str, Tensor], batch: Batch | Tensor) -> Tensor:
         """Hidden states after the layer with other weights by parameter name; gradients flow where the weights want them."""
-        rows, length, _ = hidden_BTD.shape
-        hidden_BTD = hidden_BTD.to(self.device, self.dtype)
-        rope = self.modules.rope(text_positions(length).expand(3, rows, length), hidden_BTD)
+        batch = batch if isinstance(batch, Batch) else Batch(batch)
+        rows, length, _ = batch.shape
+        hidden_BTD = batch.hidden.to(self.device, self.dtype)
+        positions = text_positions(length).expand(3, rows, length) if batch.positions is None else batch.positions
+        rope = self.modules.rope(positions, hidden_BTD)
         named: dict[str, Any] = {"position_embeddings": rope, "attention_mask": None}
         with kernels_for(hidden_BTD), rounding_inputs(self.layer, self.block.slots, self.stem, self.rounded):
             result: Tensor = functional_call(self.layer, dict(weights), (hidden_BTD,), named, strict=True)

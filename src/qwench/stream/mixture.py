@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from qwench.models.map import Block
 from qwench.stream.hidden import output_errors
-from qwench.stream.live import LiveBlock
+from qwench.stream.live import Batch, LiveBlock
 from qwench.stream.observe import Moment, empty, observe
 from qwench.stream.walk import Rows
 
@@ -147,7 +147,7 @@ class Mixture:
 
 @contextmanager
 def mixture_of(
-    live: LiveBlock, batches: Iterable[Tensor], folder: Path, dtype: torch.dtype = torch.bfloat16
+    live: LiveBlock, batches: Iterable[Batch | Tensor], folder: Path, dtype: torch.dtype = torch.bfloat16
 ) -> Iterator[Mixture]:
     """Take rows through a layer once and keep what its mixture of experts reads, for as long as it lasts.
 

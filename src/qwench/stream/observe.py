@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qwench.models.map import Block
-from qwench.stream.live import LiveBlock
+from qwench.stream.live import Batch, LiveBlock
 
 
 @dataclass
@@ -50,7 +50,9 @@ Take = Callable[[Tensor], None]
 
 
 @torch.no_grad()
-def observe(live: LiveBlock, batches: Iterable[Tensor], names: Collection[str], second: bool = True) -> dict[str, Moment]:
+def observe(
+    live: LiveBlock, batches: Iterable[Batch | Tensor], names: Collection[str], second: bool = True
+) -> dict[str, Moment]:
     """Run the rows through a layer and sum up what reaches its linear modules.
 
     Args:

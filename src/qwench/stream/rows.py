@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from qwench.errors import CheckpointError, TextError
+from qwench.stream.images import Image, Pictures
 
 HELD_OUT = "held.jsonl"
 CALIBRATION = "calibration.jsonl"
@@ -40,12 +41,16 @@ class Document:
 
     Attributes:
         media: whether its record holds images, video or sound beside the text.
+        images: its images in the order in which they stand; None for one that is not on this machine.
+        moving: whether there is video or sound among the media.
     """
 
     name: str
     text: str = ""
     messages: tuple[dict[str, Any], ...] = ()
     media: bool = False
+    images: tuple[Image | None, ...] = ()
+    moving: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,7 @@ class Rows:
         skipped: documents that were read and were too short.
         revision: the commit of a data set on a hub.
         left_out: documents that gave no tokens, counted by reason.
+        pictures: images in the rows; None in rows of text alone.
     """
 
     ids: Tensor
@@ -73,6 +79,7 @@ class Rows:
     skipped: int = 0
     revision: str | None = None
     left_out: Mapping[str, int] = field(default_factory=dict)
+    pictures: Pictures | None = None
 
     def __post_init__(self) -> None:
         assert self.ids.dim() == 2 and self.ids.dtype == torch.int64
@@ -81,6 +88,11 @@ class Rows:
     @property
     def length(self) -> int:
         return self.ids.shape[1]
+
+    @property
+    def digest(self) -> str:
+        """What differs where tokens or images do."""
+        return self.ids_sha256 + (self.pictures.sha256 if self.pictures else "")
 
 
 def held_out_rows(tokenizer_folder: Path, documents: int = 16, length: int = 512) -> Rows:

@@ -12,14 +12,18 @@ import difflib
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from qwench.errors import TextError
-from qwench.stream.chat import holds_media, looks_like_chat
+from qwench.stream.chat import IMAGE_PARTS, MEDIA_PARTS, holds_media, looks_like_chat, without_images
+from qwench.stream.images import image_of
 from qwench.stream.rows import Document
 
 USUAL = ("text", "content", "messages", "conversations")
 MEDIA_COLUMNS = {"image", "images", "video", "videos", "audio", "audios"}
+MOVING = re.compile("video|audio", re.IGNORECASE)
+"""In the names of columns that hold what is no image."""
 HEADING = re.compile(r" ?= (?!=)[^\n]*[^=\s] = ?\n?")
 
 Record = Mapping[str, Any]
@@ -27,12 +31,13 @@ Placed = tuple[str, Record]
 """A record, and where it stands: `text.jsonl, line 7`."""
 
 
-def documents_of(records: Iterable[Placed], title: str, column: str | None) -> Iterator[Document]:
+def documents_of(records: Iterable[Placed], title: str, column: str | None, folder: Path | None = None) -> Iterator[Document]:
     """The documents in records, as they are needed.
 
     Args:
         title: the name of the whole, for errors.
         column: which column holds the document; None: found by itself.
+        folder: what paths of images are relative to.
 
     Raises:
         TextError: there is no record, no such column, no one column, or a value that is neither text nor conversation.
@@ -43,7 +48,7 @@ def documents_of(records: Iterable[Placed], title: str, column: str | None) -> I
         raise TextError(f"{title} is empty: it holds no record", "give a text with something in it")
     name = _named(first[1], title, column) if column else _found(first[1], title)
     for place, record in itertools.chain([first], records):
-        yield _document(place, record, name)
+        yield _document(place, record, name, folder)
 
 
 def articles(lines: Iterable[Document]) -> Iterator[Document]:
@@ -89,21 +94,34 @@ def _list(names: Iterable[str]) -> str:
     return ", ".join(map(str, names)) or "none"
 
 
-def _document(place: str, record: Record, column: str) -> Document:
+def _document(place: str, record: Record, column: str, folder: Path | None) -> Document:
     if column not in record:
         raise _no_column(place, column, record)
-    value, media = record[column], any(_is_medium(name, item) for name, item in record.items() if name != column)
-    name = record["name"] if isinstance(record.get("name"), str) else place
+    value, beside = record[column], {n: item for n, item in record.items() if n != column and _is_medium(n, item)}
+    name, media = record["name"] if isinstance(record.get("name"), str) else place, bool(beside)
+    images, moving = [image_of(item, folder) for item in _images(beside)], any(MOVING.search(n) for n in beside)
     if value is None:
-        return Document(name, media=media)
+        return Document(name, media=media, images=tuple(images), moving=moving)
     if isinstance(value, str):
-        return Document(name, text=value, media=media)
+        return Document(name, text=value, media=media, images=tuple(images), moving=moving)
     if isinstance(value, Sequence) and all(isinstance(message, Mapping) for message in value):
-        return Document(name, messages=tuple(dict(m) for m in value), media=media or holds_media(value))
+        messages, own = without_images(value)
+        waiting = iter(images)
+        inside = tuple(next(waiting, None) if item is None else image_of(item, folder) for item in own)
+        found = inside if own else tuple(images)
+        moving = moving or holds_media(messages, MEDIA_PARTS - IMAGE_PARTS)
+        return Document(name, "", messages, media or holds_media(value), found, moving)
     raise TextError(
         f"{place}: column {column!r} holds {type(value).__name__}, neither text nor a list of messages",
         f"name another column as calibration.column; there are {_list(record)}",
     )
+
+
+def _images(beside: Record) -> Iterator[object]:
+    """The values of columns beside the text that are images, one by one."""
+    for name, item in beside.items():
+        if not MOVING.search(name):
+            yield from item if isinstance(item, list | tuple) else [item]
 
 
 def _is_medium(name: str, value: object) -> bool:

@@ -79,12 +79,12 @@ def _local(path: Path, column: str | None, split: str) -> Text | None:
     readme = path.parent / "README.md"
     if path.name and readme.is_file() and f"config_name: {path.name}\n" in readme.read_text(encoding="utf-8", errors="replace"):
         table = datasets_hub.folder_table(path.parent, split, config=path.name)
-        return Text(table.name, _of_table(table, column))
+        return Text(table.name, _of_table(table, column, path.parent))
     return None
 
 
-def _of_table(table: datasets_hub.Table, column: str | None) -> Iterator[Document]:
-    documents = documents_of(table.records, table.name, column)
+def _of_table(table: datasets_hub.Table, column: str | None, folder: Path | None = None) -> Iterator[Document]:
+    documents = documents_of(table.records, table.name, column, folder)
     return articles(documents) if table.line_by_line else documents
 
 
@@ -100,9 +100,9 @@ def _file(path: Path, column: str | None) -> Text:
     if path.suffix == ".txt":
         return Text(path.name, _blocks(path), sha256, one_long=True)
     if path.suffix == ".parquet":
-        return Text(path.name, _of_table(datasets_hub.parquet_table(path), column), sha256)
+        return Text(path.name, _of_table(datasets_hub.parquet_table(path), column, path.parent), sha256)
     records = _lines(path) if path.suffix == ".jsonl" or not _is_list(path) else _items(path)
-    return Text(path.name, documents_of(records, path.name, column), sha256)
+    return Text(path.name, documents_of(records, path.name, column, path.parent), sha256)
 
 
 def _folder(path: Path, column: str | None, split: str) -> Text:
@@ -110,7 +110,7 @@ def _folder(path: Path, column: str | None, split: str) -> Text:
     suffixes = {file.suffix for file in path.rglob("*") if file.is_file()}
     if suffixes & {".parquet", ".jsonl", ".json"}:
         table = datasets_hub.folder_table(path, split)
-        return Text(table.name, _of_table(table, column))
+        return Text(table.name, _of_table(table, column, path))
     texts = sorted(file for file in path.rglob("*.txt") if file.is_file())
     if not texts:
         raise TextError(f"folder {path} holds none of {', '.join(FILES)}", "give a folder with texts in it")

@@ -31,8 +31,10 @@ from qwench.models.place import CPU, Place
 from qwench.models.run import Trunk
 from qwench.stream.head import HeadStates, LiveHead, head_block
 from qwench.stream.hidden import Hidden, HiddenFiles, Lost, States
-from qwench.stream.live import LiveBlock
+from qwench.stream.images import Pictures
+from qwench.stream.live import Batch, LiveBlock
 from qwench.stream.observe import Take, taking_inputs
+from qwench.stream.row_inputs import RowInputs
 
 MOST_LOST_ROWS = 0.1
 """Share of rows that may turn non-finite before a walk stops."""
@@ -82,6 +84,7 @@ class Rows:
         batch: rows to take at once.
         sound: rows whose hidden states are finite.
         scratch: a folder for what a change cannot hold in memory; what it leaves there goes with the walk.
+        positions: where tokens of some rows stand, int64 [3, rows, length]; None: 0, 1, 2 ... as in text.
     """
 
     changed: States
@@ -90,12 +93,17 @@ class Rows:
     batch: int
     sound: Tensor
     scratch: Path
+    positions: Callable[[Tensor], Tensor | None] = lambda rows: None
 
-    def batches(self) -> Iterator[Tensor]:
+    def batches(self) -> Iterator[Batch]:
         """Sound rows of the stream that goes onward."""
         indices = self.sound.nonzero().flatten()
         for part in torch.split(indices, self.batch):
-            yield self.changed.pick(part)
+            yield self.pick(part)
+
+    def pick(self, rows: Tensor) -> Batch:
+        """Some rows of the stream that goes onward, by number, in the order asked for."""
+        return Batch(self.changed.pick(rows), self.positions(rows))
 
 
 @dataclass
@@ -131,8 +139,9 @@ Tell = Callable[[int, int, str], None]
 
 
 def walk(
-    settings: Walk, source: TensorSource, map: ModelMap, ids_NT: Tensor, files: HiddenFiles, emit: Emit, tell: Tell
-) -> None:
+    settings: Walk, source: TensorSource, map: ModelMap, ids_NT: Tensor, files: HiddenFiles, emit: Emit, tell: Tell,
+    pictures: Pictures | None = None,
+) -> None:  # fmt: skip
     """Take calibration rows through a network and change it on the way.
 
     Args:
@@ -140,6 +149,7 @@ def walk(
         files: where the state lies; a state that is there already is gone on from. Its `depth` is the trunk's where the walk goes on into the MTP head.
         emit: called with each changed layer, once it is final; must have put it down when it returns.
         tell: progress: (layers done, layers, what).
+        pictures: images in the rows.
 
     Raises:
         CheckpointError: from the source; no MTP head to go into; or more than a tenth of the rows turned non-finite.
@@ -148,14 +158,14 @@ def walk(
     if settings.mtp:
         head_block(source, map)
         assert files.depth == len(map.blocks) and ids_NT.shape[1] > 1
-    _Loop(settings, Trunk(source, map, settings.place.dtype, settings.place.device), ids_NT, files, emit, tell).run()
+    trunk = Trunk(source, map, settings.place.dtype, settings.place.device)
+    _Loop(settings, RowInputs(trunk, ids_NT, pictures), files, emit, tell).run()
 
 
 @dataclass
 class _Loop:
     settings: Walk
-    trunk: Trunk
-    ids: Tensor
+    inputs: RowInputs
     files: HiddenFiles
     emit: Emit
     tell: Tell
@@ -171,6 +181,14 @@ class _Loop:
             if index < self.depth:
                 self.files.forget([index])
         self.tell(self.layers, self.layers, "all layers done")
+
+    @property
+    def trunk(self) -> Trunk:
+        return self.inputs.trunk
+
+    @property
+    def ids(self) -> Tensor:
+        return self.inputs.ids
 
     def _say(self, index: int, what: str) -> None:
         self.tell(index, self.layers, f"{self._name(index)} ({index + 1} of {self.layers}): {what}{self.pace}")
@@ -191,7 +209,8 @@ class _Loop:
         if first is None:
             first = 0
             for stream in self.settings.streams:
-                self.files.put(stream, 0, (self.trunk.embed(part) for part in torch.split(self.ids, self.settings.batch)))
+                parts = torch.split(torch.arange(len(self.ids)), self.settings.batch)
+                self.files.put(stream, 0, (self.inputs.embed(part) for part in parts))
         self.files.forget(range(first))
         self.sound[[row for _, row in self.settings.lost]] = False
         for stream in self.settings.streams:
@@ -244,14 +263,20 @@ class _Loop:
 
     def _states(self, stream: str, index: int) -> States:
         hidden = self.files.before(stream, index)
-        return HeadStates(hidden, self.ids, self.trunk) if index == self.depth else hidden
+        return HeadStates(hidden, self.inputs) if index == self.depth else hidden
 
     def _rows(self, index: int, targets: Hidden | None) -> Rows:
         streams, both = self.settings.streams, "original" in self.settings.streams
         original = self._states("original", index) if both else None
         return Rows(
-            self._states(streams[0], index), original, targets, self.settings.batch, self.sound.clone(), self.files.folder
-        )
+            self._states(streams[0], index), original, targets, self.settings.batch, self.sound.clone(), self.files.folder,
+            lambda rows: self._positions(index, rows),
+        )  # fmt: skip
+
+    def _positions(self, index: int, rows: Tensor) -> Tensor | None:
+        """Where the tokens of some rows stand, as a layer sees them: the MTP head's last is the one before the last."""
+        positions = self.inputs.positions(rows)
+        return positions if positions is None or index < self.depth else positions[..., :-1]
 
     def _through(self, live: LiveBlock, stream: str, index: int, observers: Sequence[Observer]) -> tuple[Hidden, list[int]]:
         """Take the sound rows through a layer, and find those that it makes non-finite; rows that are out already are NaN."""
@@ -263,7 +288,9 @@ class _Loop:
                 result = torch.full((len(rows), *shape[1:]), float("nan"), dtype=self.files.dtype)
                 sound = self.sound[rows]
                 if sound.any():
-                    result[sound] = live.run(states.pick(rows[sound])).to("cpu", self.files.dtype)
+                    kept = rows[sound]
+                    read = Batch(states.pick(kept), self._positions(index, kept))
+                    result[sound] = live.run(read).to("cpu", self.files.dtype)
                 lost.extend(rows[sound & ~result.isfinite().flatten(1).all(1)].tolist())
                 yield result
 

@@ -39,7 +39,7 @@ def mixture() -> tuple[LiveBlock, list[Slot], Stream]:
 
 def test_a_mixture_taken_expert_by_expert_is_the_module() -> None:
     live, readers, rows = mixture()
-    inputs = capture_module(live, rows, live.block.slot("norm.post"))  # type: ignore[arg-type]
+    inputs = capture_module(live, rows, live.block.slot("norm.post")).inputs  # type: ignore[arg-type]
     assert [len(batch) for batch in inputs] == [2, 2, 1]
     with torch.no_grad():
         module = live.layer.get_submodule("mlp")
@@ -53,7 +53,7 @@ def test_weights_made_one_by_one_give_the_same_scales_and_are_each_asked_for_onc
     live, readers, rows = mixture()
     scheme = SCHEMES["int4"]
     quantized = [Reader(live.weight(s), None if "router" in s.role else scheme) for s in readers]
-    inputs = [torch.cat(capture_module(live, rows, live.block.slot("norm.post")))]  # type: ignore[arg-type]
+    inputs = [torch.cat(capture_module(live, rows, live.block.slot("norm.post")).inputs)]  # type: ignore[arg-type]
     inputs[0][..., 3::29] *= 7
     output, asked = mixture_output(live, readers), 0
 

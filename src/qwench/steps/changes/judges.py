@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from torch.nn import functional as F
 from qwench.methods.awq import Output
 from qwench.models.kernels import kernels_for
 from qwench.models.map import Slot
-from qwench.models.modules import text_positions
 from qwench.stream.live import LiveBlock
 from qwench.stream.observe import taking_inputs
 from qwench.stream.walk import Rows
@@ -37,10 +37,36 @@ def run_some(live: LiveBlock, rows: Rows) -> None:
             return
 
 
-def capture_module(live: LiveBlock, rows: Rows, norm: Slot) -> list[Tensor]:
-    """What the module behind a norm reads, [B, T, D] a batch."""
-    taken: list[Tensor] = []
-    with _taking_module(live.layer.get_submodule(module_name(live, norm)), lambda value: taken.append(value.detach().clone())):
+Rope = tuple[Tensor, Tensor]
+"""Cosines and sines of where the tokens of a batch stand."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """What a module reads.
+
+    Attributes:
+        inputs: [B, T, D] a batch.
+        ropes: of attention, beside each batch; empty for what does not ask where tokens stand.
+    """
+
+    inputs: list[Tensor] = field(default_factory=list)
+    ropes: list[Rope] = field(default_factory=list)
+
+    def rope_of(self, batch: Tensor) -> Rope:
+        """That of one of `inputs`, the very same tensor."""
+        return next(rope for known, rope in zip(self.inputs, self.ropes, strict=True) if known is batch)
+
+
+def capture_module(live: LiveBlock, rows: Rows, norm: Slot) -> Read:
+    """What the module behind a norm reads."""
+    taken = Read()
+
+    def take(value: Tensor, rope: Rope | None) -> None:
+        taken.inputs.append(value.detach().clone())
+        taken.ropes.extend([rope] if rope else [])
+
+    with _taking_module(live.layer.get_submodule(module_name(live, norm)), take):
         run_some(live, rows)
     return taken
 
@@ -69,8 +95,8 @@ def is_mixture(readers: Sequence[Slot]) -> bool:
     return any(slot.role == "router" for slot in readers)
 
 
-def module_output(live: LiveBlock, norm: Slot, readers: Sequence[Slot]) -> Output:
-    """The module behind a norm, as a function of its readers' weights."""
+def module_output(live: LiveBlock, norm: Slot, readers: Sequence[Slot], read: Read) -> Output:
+    """The module behind a norm, as a function of its readers' weights and of one of the batches that were read."""
     stem = module_name(live, norm) + "."
     module = live.layer.get_submodule(stem[:-1])
     own = {name.removeprefix(stem): weight for name, weight in live.weights.items() if name.startswith(stem)}
@@ -80,9 +106,7 @@ def module_output(live: LiveBlock, norm: Slot, readers: Sequence[Slot]) -> Outpu
     def output(weights: Sequence[Tensor], inputs_BTD: Tensor) -> Tensor:
         named: dict[str, Any] = {}
         if stem == "self_attn.":
-            rows, length, _ = inputs_BTD.shape
-            rope = live.modules.rope(text_positions(length).expand(3, rows, length), inputs_BTD)
-            named = {"position_embeddings": rope, "attention_mask": None}
+            named = {"position_embeddings": read.rope_of(inputs_BTD), "attention_mask": None}
         with kernels_for(inputs_BTD):
             result: Tensor | tuple[Tensor, ...] = functional_call(
                 module, own | dict(zip(places, weights, strict=True)), (inputs_BTD,), named
@@ -132,9 +156,9 @@ def linear_output(weights: Sequence[Tensor], inputs: Tensor) -> Tensor:
 
 
 @contextmanager
-def _taking_module(module: nn.Module, take: Callable[[Tensor], None]) -> Iterator[None]:
+def _taking_module(module: nn.Module, take: Callable[[Tensor, Rope | None], None]) -> Iterator[None]:
     def before(_module: object, positional: tuple[Tensor, ...], named: dict[str, Any]) -> None:
-        take(positional[0] if positional else named["hidden_states"])
+        take(positional[0] if positional else named["hidden_states"], named.get("position_embeddings"))
 
     handle = module.register_forward_pre_hook(before, with_kwargs=True)
     try:

@@ -98,8 +98,9 @@ class Smoothing:
 
     def _norm(self, live: LiveBlock, rows: Rows, fold: Fold, source: Slot, readers: list[Slot]) -> Found:
         weight, dtype = live.weight(source).clone(), TORCH_DTYPE[self.source.tensors[source.tensor].dtype]
-        inputs, mixture = capture_module(live, rows, source), is_mixture(readers)
-        output = mixture_output(live, readers) if mixture else module_output(live, source, readers)
+        read, mixture = capture_module(live, rows, source), is_mixture(readers)
+        output = mixture_output(live, readers) if mixture else module_output(live, source, readers, read)
+        inputs = read.inputs
         if mixture:  # experts one after the other, each on all of its tokens
             inputs = [torch.cat([batch.flatten(0, -2) for batch in inputs])]
         found = self._search(live, readers, inputs, output, None, snap=(weight, fold.zero_centred, dtype), one_by_one=mixture)

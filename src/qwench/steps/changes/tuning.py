@@ -20,7 +20,7 @@ from qwench.recipe import Correct, Quantize
 from qwench.steps.changes.rounding import Rounding, corrected, input_of
 from qwench.steps.jobs import WeightSet, weight_sets
 from qwench.stream.hidden import States
-from qwench.stream.live import LiveBlock
+from qwench.stream.live import Batch, LiveBlock
 from qwench.stream.mixture import moments_of
 from qwench.stream.walk import Rows
 
@@ -41,6 +41,21 @@ class Sound:
 
     def pick(self, rows: Tensor, /) -> Tensor:
         return self.states.pick(self.rows[rows])
+
+
+@dataclass(frozen=True)
+class SoundInputs:
+    """The rows that a layer reads and is tuned on."""
+
+    all_rows: Rows
+    rows: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.rows), *self.all_rows.changed.shape[1:])
+
+    def pick(self, rows: Tensor, /) -> Batch:
+        return self.all_rows.pick(self.rows[rows])
 
 
 @dataclass
@@ -91,7 +106,7 @@ class Tuning:
                 lambda weights, inputs: live.run_with({**live.weights, **weights}, inputs),
                 originals,
                 {module: self.schemes[module] for module in slots},
-                Sound(rows.changed, sound),
+                SoundInputs(rows, sound),
                 Sound(rows.targets, sound),
                 Options(settings.iterations, settings.batch, activation_limit=ACTIVATIONS),
                 outers,
