@@ -5,8 +5,9 @@ import yaml
 
 from qwench.errors import CheckpointError
 from qwench.result import Estimate, Speculation, write_result
-from qwench.steps.card import error_rows, with_error, write_card
+from qwench.steps.card import write_card
 from qwench.steps.card_engines import engine_sections, launch_command
+from qwench.steps.card_values import error_rows, with_error
 from tests.steps.releases import estimate, evaluation, release, row, verification, weight
 
 CONFIG = {"quantization_config": {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}}

@@ -8,12 +8,12 @@ from typing import Any
 import yaml
 
 from qwench.result import Acceptance, Evaluation, FileFact, Result, Verification
-from qwench.steps.card import HUB_ID, NOT_MEASURED, base_name, duration, memory_text, rendered, with_error
 from qwench.steps.card_heads import graft_values
 from qwench.steps.card_plots import size_text
+from qwench.steps.card_values import HUB_ID, NOT_MEASURED, base_name, duration, memory_text, rendered, with_error
+from qwench.steps.launch import Launch, arguments, shell
 
 GIB = 2**30
-DRAFTS = 2
 HOLDS = {
     "model": "text with MTP head", "trunk": "text", "mtp": "MTP head, a draft file", "vision": "vision tower (mmproj)",
     "importance": "importance matrix",
@@ -169,10 +169,9 @@ def commands(result: Result) -> str:
     if not models:
         return ""
     chosen = next((f for f in models if f.file_type in ("Q6_K", "Q4_K_M")), models[0])
-    tower = next((f" --mmproj {f.name}" for f in result.files if f.content == "vision"), "")
+    tower = next((f.name for f in result.files if f.content == "vision"), "")
     drafting = any(row.component == "mtp" for row in chosen.precision)
-    speculation = f" \\\n  --spec-type draft-mtp --spec-draft-n-max {DRAFTS}" if drafting else ""
-    return f"llama-server -m {chosen.name}{tower} -ngl 99 -fa on -c 8192{speculation}"
+    return shell(arguments("llama.cpp", Launch(chosen.name, mtp=drafting, tower=tower)))
 
 
 def _importance_file(result: Result) -> str:
