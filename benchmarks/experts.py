@@ -5,7 +5,7 @@
 The demo checkpoint of 12 experts, 4 a token; the MTP head's experts are ranked by its own routing. Calibrated on the carried text, measured on held-out documents: KL(source || pruned) per token
 in nats, and the share of drafts of the MTP head that the pruned trunk accepts at position 1. Standard errors are over documents; criteria are compared with REAP's by differences document by
 document. `random` is the mean over seeds. `reap, layer after layer` ranks each layer on what the pruned layers before it put out, which is not as published; `reap,
-experts scaled` is the recipe's `repair: scale`.
+repaired` is the recipe's `repair: least-squares`.
 
 Nothing is written but the table (`benchmarks/results/experts-moe.json`, Markdown on standard output): a pruned network is a view of the checkpoint.
 """
@@ -51,7 +51,7 @@ LENGTH, DOCUMENTS = 512, 33
 CRITERIA: tuple[Criterion, ...] = (
     "reap", "frequency", "weight_sum", "norm_mean", "norm_sum", "norm_max", "contribution_sum", "random",
 )  # fmt: skip
-ONE_BY_ONE, SCALED = "reap, layer after layer", "reap, experts scaled"
+ONE_BY_ONE, REPAIRED = "reap, layer after layer", "reap, repaired"
 
 
 class OneByOne(Pruning):
@@ -107,8 +107,8 @@ def table(ratio: float, rows: int, seeds: int, names: list[str]) -> list[dict[st
     found, divergences = list[dict[str, Any]](), dict[str, Tensor]()
     for name in names:
         started = time.process_time()
-        criterion: Criterion = "reap" if name in (ONE_BY_ONE, SCALED) else name  # type: ignore[assignment]
-        settings = Prune(ratio=ratio, criterion=criterion, repair="scale" if name == SCALED else "none")
+        criterion: Criterion = "reap" if name in (ONE_BY_ONE, REPAIRED) else name  # type: ignore[assignment]
+        settings = Prune(ratio=ratio, criterion=criterion, repair="least-squares" if name == REPAIRED else "none")
         tries = [settings.model_copy(update={"seed": seed}) for seed in range(seeds if name == "random" else 1)]
         made = [pruned(source, map, ids, one, OneByOne if name == ONE_BY_ONE else Pruning) for one in tries]
         seconds = time.process_time() - started
@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=128, help="calibration rows of 512 tokens")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument(
-        "--criteria", nargs="*", default=[*CRITERIA, ONE_BY_ONE, SCALED], help="reap comes first, whatever else"
+        "--criteria", nargs="*", default=[*CRITERIA, ONE_BY_ONE, REPAIRED], help="reap comes first, whatever else"
     )
     args = parser.parse_args()
     every = [

@@ -136,7 +136,7 @@ class PrunedLayer(Record):
         not_finite: outputs of experts that were not counted because they were NaN or infinite.
         error: relative squared error of what the layer's experts add to held-out calibration tokens once some are gone; None where no repair was tried.
         error_repaired: the same after the repair.
-        repaired: whether the repair was taken.
+        repaired: down projections that the repair changed.
     """
 
     component: str
@@ -149,7 +149,7 @@ class PrunedLayer(Record):
     not_finite: int = 0
     error: float | None = None
     error_repaired: float | None = None
-    repaired: bool = False
+    repaired: int = 0
 
     @property
     def label(self) -> str:
@@ -374,6 +374,40 @@ class Verification(Record):
     notes: list[str] = Field(default_factory=list)
 
 
+class LoadFinding(Record):
+    """One thing that an engine would stumble over, told from headers and config.
+
+    Attributes:
+        level: `refuses`, `random`, `wrong`, `lost`, `note`; see `qwench.loading.findings`.
+        rule: what the engine does, and the file of its public repository where that is written.
+        names: the tensors or modules that it is about.
+    """
+
+    level: str
+    what: str
+    mend: str
+    rule: str = ""
+    names: list[str] = Field(default_factory=list)
+
+
+class LoadProof(Record):
+    """How an engine would load the folder, played through without it (`qwench verify --offline`).
+
+    Attributes:
+        good: every tensor reaches its place and every parameter is filled.
+        models: the engine's classes.
+        consumed: stored tensors that reach a parameter.
+    """
+
+    engine: str
+    version: str
+    good: bool
+    models: list[str] = Field(default_factory=list)
+    consumed: int = 0
+    findings: list[LoadFinding] = Field(default_factory=list)
+    notes: list[str] = Field(default_factory=list)
+
+
 class Result(Record):
     qwench: str = __version__
     recipe: dict[str, Any]
@@ -388,6 +422,7 @@ class Result(Record):
     acceptance: AcceptanceCheck | None = None
     evaluation: Evaluation | None = None
     verifications: list[Verification] = Field(default_factory=list)
+    load_proofs: list[LoadProof] = Field(default_factory=list)
 
     @property
     def bytes(self) -> int:

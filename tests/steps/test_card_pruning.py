@@ -48,11 +48,11 @@ def test_without_a_head_nothing_is_said_of_it() -> None:
 
 def test_a_repair_is_told_with_what_it_gained() -> None:
     layers = [layer(0), layer(1)]
-    for one, repaired in zip(layers, (0.25, 0.6), strict=True):
-        one.error, one.error_repaired, one.repaired = 0.5, repaired, repaired < 0.5
+    for one, error in zip(layers, (0.25, 0.5), strict=True):
+        one.error, one.error_repaired, one.repaired = 0.5, error, 3
     text = card_text(release(pruning=facts(layers=layers)), {}, "T", {})
-    assert "In 1 of 2 layers the experts that stayed were scaled" in text and "went from 0.5 to 0.375" in text
-    assert "were scaled" not in card_text(release(pruning=facts()), {}, "T", {})
+    assert "Then 6 down projections" in text and "went from 0.5 to 0.375" in text
+    assert "down projections" not in card_text(release(pruning=facts()), {}, "T", {})
 
 
 def test_many_warnings_are_counted() -> None:

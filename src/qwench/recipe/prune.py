@@ -24,8 +24,8 @@ class Prune(Strict):
             `weight_sum`: of the router's weights. `norm_mean`, `norm_sum`, `norm_max`: of the outputs' norms. `contribution_sum`: weight times norm. `random`.
         seed: of `random`.
         least_tokens: an expert that fewer tokens reached is named in the record, for nobody knows what it is good for.
-        repair: `scale`: one factor for what each expert that stays puts out, fitted layer by layer so that the layer's experts together add what they did, and taken only where
-            that lowers the error on rows that it was not fitted on. `none`.
+        repair: `least-squares`: the down projections of the shared expert and of those that stay are changed, layer by layer, so that together they add what all experts did; each
+            change is taken only where it lowers the error on rows that it was not fitted on. `none`.
     """
 
     ratio: float | None = None
@@ -33,7 +33,7 @@ class Prune(Strict):
     criterion: Criterion = "reap"
     seed: int = 0
     least_tokens: int = Field(128, ge=1)
-    repair: Literal["none", "scale"] = "none"
+    repair: Literal["none", "least-squares"] = "none"
 
     @field_validator("ratio")
     @classmethod

@@ -50,16 +50,13 @@ def pruning_values(facts: PruningFacts | None) -> dict[str, Any] | None:
 
 def repair_words(facts: PruningFacts) -> str:
     """What became of the repair; nothing where none was tried."""
-    tried = [(layer.error, layer.error_repaired, layer.repaired) for layer in facts.layers]
-    judged = [(before, after, taken) for before, after, taken in tried if before is not None and after is not None]
+    judged = [(layer.error, layer.error_repaired) for layer in facts.layers if layer.error is not None]
     if not judged:
         return ""
-    before = sum(error for error, _, _ in judged) / len(judged)
-    after = sum(repaired if taken else error for error, repaired, taken in judged) / len(judged)
-    taken = sum(taken for *_, taken in judged)
+    before, after = (sum(side or 0.0 for side in sides) / len(judged) for sides in zip(*judged, strict=True))
     return (
-        f"In {taken} of {len(judged)} layers the experts that stayed were scaled, one factor each: on held-out calibration rows the relative squared error of what "
-        f"experts add went from {before:.3g} to {after:.3g}, in the mean over layers."
+        f"Then {sum(layer.repaired for layer in facts.layers)} down projections of shared experts and of those that stayed were changed by least squares: on calibration rows that they were not "
+        f"fitted on, the relative squared error of what experts add went from {before:.3g} to {after:.3g}, in the mean over layers."
     )
 
 

@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 
 from qwench.errors import CheckpointError
-from qwench.methods.expert_scale import ScaleSums
 from qwench.methods.reap import SaliencySums, keep, keep_complaint, observe_expert
 from qwench.models.geometry import read_geometry
 from qwench.models.map import Block, ModelMap
 from qwench.models.pruned import Pruned
 from qwench.recipe import Prune
 from qwench.result import PrunedLayer
-from qwench.steps.changes.repair import scale_experts, scale_sums
+from qwench.steps.changes.repair import added_by_all, repair
 from qwench.stream.experts import taking_experts
 from qwench.stream.head import head_block
 from qwench.stream.live import LiveBlock
@@ -83,11 +82,12 @@ class Pruning:
             raise CheckpointError(f"{live.label}: {wrong}", MEND)
         kept = keep(ranking, self.target.count, top_k)
         self.target.settle(live.label, kept)
-        sums = scale_sums(live, rows, kept) if self.settings.repair == "scale" else None
+        added = added_by_all(live, rows) if self.settings.repair == "least-squares" else None
         narrow(live, kept, self._block(live))
         found = self._layer(live, kept)
-        if sums:
-            found = repaired(live, found, *sums)
+        if added:
+            before, after, changed = repair(live, added)
+            found = found.model_copy(update={"error": before, "error_repaired": after, "repaired": changed})
         self.found[live.label], self.reports[f"{live.label} pruning"] = found, said_of(found)
 
     def _ranking(self, live: LiveBlock) -> Tensor:
@@ -127,15 +127,6 @@ def narrow(live: LiveBlock, kept: list[int], block: Block) -> None:
     live.block = block
 
 
-def repaired(live: LiveBlock, found: PrunedLayer, fit: ScaleSums, judge: ScaleSums) -> PrunedLayer:
-    """Give the experts that stay their factors, where these lower the error on tokens that they were not fitted on."""
-    factors = fit.factors()
-    before, after = judge.error(torch.ones_like(factors)), judge.error(factors)
-    if after < before:
-        scale_experts(live, factors)
-    return found.model_copy(update={"error": before, "error_repaired": after, "repaired": after < before})
-
-
 def share_of(values: Tensor, kept: list[int]) -> float:
     """Of a sum over all experts, the share that stays; 1 where there is nothing to lose."""
     total = float(values.sum())
@@ -145,14 +136,12 @@ def share_of(values: Tensor, kept: list[int]) -> float:
 def said_of(found: PrunedLayer) -> str:
     """One line for the log."""
     gone = [expert for expert in range(len(found.tokens)) if expert not in found.kept]
-    scaled = ""
-    if found.error is not None:
-        scaled = (
-            f"; scaling them: error {found.error:.4f} to {found.error_repaired:.4f}, {'taken' if found.repaired else 'left'}"
-        )
+    mended = ""
+    if found.error is not None and found.error_repaired is not None:
+        mended = f"; {found.repaired} down projections changed, error {found.error:.4f} to {found.error_repaired:.4f}"
     return (
         f"{len(found.kept)} of {len(found.tokens)} experts stay, with {found.saliency_kept:.1%} of the saliency and {found.contribution_kept:.1%} of what experts "
         f"add to the tokens; without {gone}"
         + (f"; {found.not_finite:,} outputs were not finite" if found.not_finite else "")
-        + scaled
+        + mended
     )
