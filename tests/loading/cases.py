@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -28,9 +27,10 @@ RULES = {
     "gptq": ("gptq", f"{{roles: [{LINEAR}], scheme: int4}}"),
     "gptq8": ("gptq", f"{{roles: [{LINEAR}], scheme: int4}}, {{roles: [attention.*], scheme: int8}}"),
     "auto-round": ("auto-round", f"{{roles: [{LINEAR}], scheme: int4}}"),
+    "text": ("compressed-tensors, layout: text", f"{{roles: [{LINEAR}], scheme: int4}}"),
     "kept": ("compressed-tensors", f'{{roles: [{LINEAR}], scheme: int4}}, {{roles: [{LINEAR}], layers: "1", scheme: keep}}'),
 }
-"""Recipes by name: container and rules. `gptq8` has INT8 attention, `kept` leaves layer 1 alone."""
+"""Recipes by name: container and rules. `gptq8` has INT8 attention, `text` is text-only, `kept` leaves layer 1 alone."""
 
 
 def release(home: Path, model: str, recipe: str) -> Path:
@@ -204,6 +204,11 @@ def _asym(quantization: Config) -> None:
 Made = tuple[str, str, Callable[[Config], None] | None, Callable[[dict[str, Tensor]], None] | None]
 """Model, recipe, change of the config, change of the tensors."""
 
+
+def _image_positions(config: Config) -> None:
+    config["rope_parameters"] |= {"mrope_section": [3, 3, 2], "mrope_interleaved": True}
+
+
 CASES: dict[str, Made] = {
     "good dense bf16": ("dense", "bf16", None, None),
     "good moe bf16": ("moe", "bf16", None, None),
@@ -215,6 +220,9 @@ CASES: dict[str, Made] = {
     "good moe gptq": ("moe", "gptq", None, None),
     "good dense auto-round": ("dense", "auto-round", None, None),
     "good moe auto-round": ("moe", "auto-round", None, None),
+    "good dense text": ("dense", "text", None, None),
+    "good moe text": ("moe", "text", None, None),
+    "text-only with image positions": ("dense", "text", _image_positions, None),
     "head's shards in ignore": ("dense", "int4", _ignoring(*SHARDS, "mtp.fc"), None),
     "fc quantized by a broad target": ("dense", "int4", _ignoring("re:^mtp\\.layers.*"), None),
     "head's experts missing from ignore": (
@@ -267,6 +275,3 @@ def make(home: Path, name: str) -> Path:
         if tensors is SPLIT:
             split(out)
     return out
-
-
-__all__ = ["CASES", "edit", "make", "moved", "release", "torch", "variant"]

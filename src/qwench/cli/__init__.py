@@ -1,8 +1,8 @@
 """What a person types. Each command is a few lines: find the model, call a step, show what came of it.
 
-The commands lie in files by what they are for: `making` (recipes, inspect, plan, run, demo), `measuring` (eval, verify), `comparing`, `publishing` (card, serve, push, reproduce).
+The commands lie in files by what they are for: `making` (recipes, inspect, plan, run, demo), `measuring` (eval, verify, doctor), `comparing`, `publishing` (card, serve, push, reproduce).
 
-Exit codes: 0 done, 2 the user can mend it (one message, no traceback), 1 our fault.
+Exit codes: 0 done, 2 the user can mend it (one message, no traceback), 3 `doctor` found problems, 1 our fault.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Commands that measure what was made: eval against the source, verify in an engine."""
+"""Commands that measure what was made: eval against the source, verify in an engine, doctor."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from qwench import display
-from qwench.cli.app import DeviceOption, JsonOption, ReleaseArgument, app, print_json
+from qwench.cli.app import DeviceOption, JsonOption, ModelArgument, ReleaseArgument, app, print_json
 from qwench.errors import VerificationError
 
 
@@ -71,7 +71,8 @@ def verify(
         typer.Option(
             "--engine",
             metavar="NAME",
-            help="transformers, vllm, gptqmodel, auto-round, llama.cpp; left out: llama.cpp for GGUF, else transformers.",
+            help="transformers, vllm, gptqmodel, auto-round, llama.cpp; left out: llama.cpp for GGUF, else transformers. "
+            "With --offline: vllm, sglang (also sglang-0.5.19, sglang-0.5.21), transformers.",
         ),
     ] = None,
     file: Annotated[
@@ -87,12 +88,22 @@ def verify(
         Path | None,
         typer.Option("--adapter", metavar="DIR", help="Corrections (EoRA) to add on both sides: gptqmodel and vllm take them."),
     ] = None,
+    offline: Annotated[
+        bool,
+        typer.Option(
+            "--offline",
+            help="Without the engine: play through how it would load the files, from their headers and config.json.",
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Load a release in a real engine, and hold the engine's numbers against our own reading of the file.
 
-    Example: `qwench verify ./Qwen3.5-9B-NVFP4A16 --engine vllm`
+    Example: `qwench verify ./Qwen3.5-9B-NVFP4A16 --engine vllm`, or where there is no vLLM or GPU `... --engine sglang --offline`
     """
+    if offline:
+        _verify_offline(release, engine or "vllm", as_json)
+        return
     from qwench.run import verify_gguf_release, verify_release
     from qwench.steps.gguf_verify import is_gguf, refuse_gguf_questions
 
@@ -114,3 +125,45 @@ def verify(
             raise VerificationError(
                 f"{found.engine} {found.outcome} on {found.file or release}", "; ".join(found.notes) or "see the table above"
             )
+
+
+def _verify_offline(release: Path, engine: str, as_json: bool) -> None:
+    from qwench.steps.proof import offline_release, show
+
+    proof = offline_release(release, engine)
+    if as_json:
+        print_json(proof.model_dump(mode="json"))
+    else:
+        show(proof, display.out)
+    if not proof.good:
+        raise VerificationError(
+            f"{proof.engine} {proof.version} would not load {release} as it is meant", "see what is said above"
+        )
+
+
+@app.command()
+def doctor(
+    model: ModelArgument,
+    fix: Annotated[
+        bool,
+        typer.Option(
+            "--fix", help="Mend what is only metadata, in place: lists of names in config.json. Tensors are never touched."
+        ),
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what would go wrong with anybody's release, in which engine, and how to mend it. Reads headers only, of a hub id too.
+
+    Exit code 0: nothing; 3: something is wrong in the newest version of an engine.
+
+    Example: `qwench doctor some/Qwen3.5-9B-AWQ`, then on a copy of it `qwench doctor ./Qwen3.5-9B-AWQ --fix`
+    """
+    from qwench.steps.doctor import PROBLEMS, examine, show_examination
+
+    found = examine(model, fix)
+    if as_json:
+        print_json(found.as_data())
+    else:
+        show_examination(found, display.out)
+    if not found.good:
+        raise typer.Exit(PROBLEMS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from qwench.errors import CheckpointError
@@ -51,8 +51,3 @@ def shard_names(name: str, packed: Mapping[str, Sequence[str]]) -> list[str]:
     """The members of a joined module, or the module itself."""
     leaf = name.rpartition(".")[2]
     return [name.replace(leaf, shard) for shard in packed.get(leaf, (leaf,))]
-
-
-def is_prefix_bound(entry: str, names: Collection[str]) -> bool:
-    """Whether an expression begins with a prefix that only the checkpoint's names have."""
-    return entry.startswith(RE) and not any(entry_matches(name, entry) for name in names)

@@ -15,6 +15,7 @@ from qwench.loading.findings import LEVELS, Finding, Proof, findings_of
 from qwench.loading.parts import Load, Model, Rule
 from qwench.loading.replay import container_for
 from qwench.models.claims import summary
+from qwench.models.layout import OF_IMAGE_POSITIONS
 
 Tensors = Mapping[str, TensorEntry]
 Config = Mapping[str, Any]
@@ -98,10 +99,25 @@ def table_of(name: str) -> Table:
 
 
 def known_wrong(table: Table, config: Config, tensors: Tensors) -> Iterator[Finding]:
-    """What an engine loads whole and computes wrongly, told from names."""
-    if table.engine != "transformers" or not config.get("quantization_config"):
-        return
+    """What an engine loads whole and computes wrongly, told from names and config."""
     cited = {rule.name: f"{rule.says} ({rule.source})" for rule in table.rules}
+    if table.engine == "vllm" and not vllm.is_conditional(config) and any(name.startswith("mtp.") for name in tensors):
+        yield from _image_positions(config, cited)
+    if table.engine == "transformers" and config.get("quantization_config"):
+        yield from _nvfp4_experts(tensors, cited)
+
+
+def _image_positions(config: Config, cited: Mapping[str, str]) -> Iterator[Finding]:
+    ropes = [rope for name in ("rope_parameters", "rope_scaling") if isinstance(rope := config.get(name), Mapping)]
+    if keys := sorted({key for rope in ropes for key in OF_IMAGE_POSITIONS if key in rope}):
+        what = f"drafting corrupts memory: config.json of this text-only model has {', '.join(keys)}, which main model and MTP head read differently"
+        mend = (
+            "take these keys out of config.json (text counts alike without them; `qwench doctor --fix` does), or do not draft"
+        )
+        yield Finding("wrong", "vLLM", what, mend, (), cited["text-positions"])
+
+
+def _nvfp4_experts(tensors: Tensors, cited: Mapping[str, str]) -> Iterator[Finding]:
     names = [
         name
         for name in tensors
@@ -109,11 +125,5 @@ def known_wrong(table: Table, config: Config, tensors: Tensors) -> Iterator[Find
     ]
     if names:
         what = f"NVFP4 experts come out too large by their global scale: {summary(names)}"
-        yield Finding(
-            "wrong",
-            "transformers",
-            what,
-            "do not run this release in transformers; vLLM reads it rightly",
-            tuple(names),
-            cited["nvfp4-experts"],
-        )
+        mend = "do not run this release in transformers; vLLM reads it rightly"
+        yield Finding("wrong", "transformers", what, mend, tuple(names), cited["nvfp4-experts"])

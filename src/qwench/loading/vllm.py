@@ -30,6 +30,7 @@ RULES = (
         f"{_MODELS}/qwen3_vl.py, Qwen3VLForConditionalGeneration.hf_to_vllm_mapper",
     ),
     Rule("text-prefix", "a text-only model strips model.language_model. to model.", f"{_MODELS}/qwen3_5.py, Qwen3_5ForCausalLMBase.hf_to_vllm_mapper"),
+    Rule("text-positions", "a text-only model's positions have one row, its drafting head's three where the config has M-RoPE keys (seen on a CPU)", "vllm/config/model.py, with vllm/v1/spec_decode"),
     Rule("main-skips-head", "the main model drops every tensor under mtp.", f"{_MODELS}/qwen3_5.py, hf_to_vllm_mapper of each class"),
     Rule("joined", "q/k/v, gate/up, in_proj_qkv/z and in_proj_b/a become one module each", f"{_MODELS}/qwen3_5.py, Qwen3_5Model.hf_to_vllm_mapper"),
     Rule("strict", "a name that no module or parameter has is an error", f"{_MODELS}/utils.py, AutoWeightsLoader._load_module"),

@@ -1,0 +1,276 @@
+"""Mending what is only metadata: lists of names in config.json, and where transformers finds its files. Tensors are never touched.
+
+Each mend is a function of the config. It is kept only where the load proofs say that fewer things go wrong with it and that no engine is worse off, so that a mend never takes something from a file that
+already works. What a file holds decides: a module with codes and scales is quantized, one with a plain weight is not, and its numbers are those of the config under which its tensors have the shapes
+that they have.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from qwench.checkpoint.folder import CONFIG_NAME, INDEX_NAME
+from qwench.checkpoint.source import Part, StoredSource, TensorEntry
+from qwench.errors import CheckpointError, OutputError
+from qwench.formats import Container
+from qwench.formats.quantization_config import read_group
+from qwench.loading.findings import Proof
+from qwench.loading.network import EXPERT, decoder_claims, head_claims, tower_claims
+from qwench.loading.proof import TABLES, prove
+from qwench.loading.replay import container_for
+from qwench.models.claims import Claim
+from qwench.models.layout import OF_IMAGE_POSITIONS, is_text_only
+from qwench.numerics import Scheme
+
+Config = dict[str, Any]
+SINGLE = "model.safetensors"
+PLAIN = ("mlp.gate", "mlp.shared_expert_gate")
+NUMBERS = ("bits", "group_size", "sym", "desc_act", "data_type")
+WRITTEN = {
+    "compressed-tensors": ("config_groups", "ignore", "format"),
+    "gptq": (*NUMBERS, "dynamic", "lm_head"),
+    "auto-round": (*NUMBERS, "extra_config", "block_name_to_quantize"),
+}
+"""Keys that a mend writes anew; all others of a quantization_config stay as they are."""
+
+
+@dataclass(frozen=True)
+class Mend:
+    """A change of a config.
+
+    Attributes:
+        name: what is changed, in words.
+        change: the config that comes of it; None where there is nothing to do.
+    """
+
+    name: str
+    change: Callable[[StoredSource], Config | None]
+
+
+class Reconfigured:
+    """A source under another config; see `StoredSource`."""
+
+    def __init__(self, source: StoredSource, config: Config) -> None:
+        self.source, self.config = source, config
+        self.folder, self.tensors, self.notes = source.folder, source.tensors, source.notes
+
+    def read(self, name: str, part: Part = ()) -> Tensor:
+        return self.source.read(name, part)
+
+    def chunks(self, name: str, part: Part = ()) -> Iterator[memoryview]:
+        return self.source.chunks(name, part)
+
+    def stamp(self) -> str:
+        return self.source.stamp()
+
+
+def mended(source: StoredSource, values: bool = True) -> tuple[Config, list[str]]:
+    """The config that makes the most of a checkpoint's tensors, and what was changed for it; the config as it is where nothing helps.
+
+    Args:
+        values: whether the source's values can be read.
+
+    Raises:
+        CheckpointError: from the proofs.
+    """
+    config, told = source.config, []
+    faults = _faults(source, values)
+    for mend in MENDS:
+        candidate = mend.change(Reconfigured(source, config))
+        if candidate is None or candidate == config:
+            continue
+        left = _faults(Reconfigured(source, candidate), values)
+        if sum(left.values()) < sum(faults.values()) and all(left[name] <= faults[name] for name in left):
+            config, faults = candidate, left
+            told.append(mend.name)
+    return config, told
+
+
+def _faults(source: StoredSource, values: bool) -> dict[str, int]:
+    """How much goes wrong in each engine: modules and tensors that findings are about."""
+    return {name: _weight(prove(source, name, values)) for name in TABLES}
+
+
+def _weight(proof: Proof) -> int:
+    return sum(max(1, len(finding.names)) for finding in proof.findings if finding.level != "note")
+
+
+def write_config(folder: Path, config: Config, container: Container | None) -> list[str]:
+    """Put a config in place of a folder's, and the sidecars that repeat it where there are such; the names of the files that changed.
+
+    Every file is written beside and renamed into place, config.json last. Raises OutputError.
+    """
+    files = {CONFIG_NAME: (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()}
+    for name, data in (container.sidecars(config["quantization_config"]) if container else {}).items():
+        if (folder / name).is_file():
+            files = {name: data} | files
+    try:
+        for name, data in files.items():
+            beside = folder / f".{name}.new"
+            beside.write_bytes(data)
+            beside.replace(folder / name)
+    except OSError as error:
+        raise OutputError(
+            f"{folder}: {error.strerror}: {error.filename}", "make the folder writable, or mend a copy of it"
+        ) from None
+    return list(files)
+
+
+def _names_the_index(source: StoredSource) -> Config | None:
+    files = {entry.file for entry in source.tensors.values()}
+    if SINGLE not in files or len(files) == 1:
+        return None
+    return source.config | {"transformers_weights": INDEX_NAME}
+
+
+def _class_of_the_layout(source: StoredSource) -> Config | None:
+    """The class that belongs to the names: conditional generation where there is a text_config and a tower's config."""
+    config = source.config
+    (name, *_) = config.get("architectures") or ("",)
+    conditional = "text_config" in config and any(n.startswith("model.language_model.") for n in source.tensors)
+    wanted = name.replace("CausalLM", "ConditionalGeneration") if conditional else name
+    return config | {"architectures": [wanted]} if wanted != name else None
+
+
+def _without_image_positions(source: StoredSource) -> Config | None:
+    """A text-only config without the keys that split positions into time, height and width."""
+    if not is_text_only(source.config):
+        return None
+    config = copy.deepcopy(source.config)
+    for rope in (config.get("rope_parameters"), config.get("rope_scaling")):
+        for key in OF_IMAGE_POSITIONS:
+            if isinstance(rope, dict):
+                rope.pop(key, None)
+    return config
+
+
+def _what_is_stored(source: StoredSource) -> Config | None:
+    """The quantization_config rewritten from what the files hold."""
+    container = container_for(source.config)
+    if container is None:
+        return None
+    old = source.config["quantization_config"]
+    try:
+        assigned, kept = stored_schemes(source, container)
+    except CheckpointError:
+        return None
+    if not assigned:
+        return None
+    new = container.quantization_config(assigned, kept)
+    if container.METHOD == "compressed-tensors":
+        new["config_groups"] = _groups_kept(new["config_groups"], old)
+    written = {key: new[key] for key in WRITTEN[container.METHOD] if key in new}
+    return copy.deepcopy(source.config) | {"quantization_config": {**old, **written}}
+
+
+def _groups_kept(new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
+    """New groups with what the old ones say beside their targets."""
+    found = {}
+    for name, group in new.items():
+        scheme = read_group(group, {}, name)
+        before = next((g for g in (old.get("config_groups") or {}).values() if _same(g, old, scheme)), None)
+        found[name] = {**before, "targets": group["targets"]} if before else group
+    return found
+
+
+def _same(group: Mapping[str, Any], config: Mapping[str, Any], scheme: Scheme | None) -> bool:
+    try:
+        return read_group(group, config, "a group") == scheme
+    except CheckpointError:
+        return False
+
+
+def stored_schemes(source: StoredSource, container: Container) -> tuple[dict[str, Scheme], list[str]]:
+    """Linear modules that are stored quantized, with their schemes, and those that are not.
+
+    Raises:
+        CheckpointError: a module has scales, and no numbers of the config fit the shapes of its tensors.
+    """
+    assigned: dict[str, Scheme] = {}
+    kept: list[str] = []
+    known = mentioned_schemes(source.config["quantization_config"], container)
+    for claim in _linear(source.config):
+        module = claim.tensor.removesuffix(".weight")
+        if f"{module}.{container.SCALES}" in source.tensors:
+            assigned[module] = _fitting(module, claim.shape, source, container, known)
+        elif claim.tensor in source.tensors or _in_fused(module, source.tensors):
+            kept.append(module)
+    return assigned, kept
+
+
+def _linear(config: Config) -> list[Claim]:
+    """Every matrix, experts one by one, of trunk, head and tower under either prefix."""
+    prefixes = ("model.language_model.", "model.")
+    claims = [
+        *(c for prefix in prefixes for c in decoder_claims(config, prefix)),
+        *head_claims(config, 1),
+        *tower_claims(config),
+    ]
+    return [claim for claim in {c.tensor: c for c in claims}.values() if claim.slots[0].linear]
+
+
+def _in_fused(module: str, tensors: Mapping[str, TensorEntry]) -> bool:
+    found = EXPERT.match(module)
+    return found is not None and f"{found['stem']}.{'down_proj' if found['leaf'] == 'down_proj' else 'gate_up_proj'}" in tensors
+
+
+def _fitting(
+    module: str, shape: tuple[int, ...], source: StoredSource, container: Container, known: Sequence[Scheme]
+) -> Scheme:
+    """The scheme under which the stored tensors have their shapes: what the config says of the module if it fits, else the first that does."""
+    try:
+        said = container.scheme_of(source.config["quantization_config"], module)
+    except CheckpointError:
+        said = None
+    for scheme in [*([said] if said else []), *known]:
+        specs = container.layout(module, (shape[0], shape[1]), scheme)
+        stored = [(source.tensors[s.name].shape == s.shape) for s in specs if s.name in source.tensors]
+        if (
+            stored
+            and all(stored)
+            and all(s.name in source.tensors for s in specs if not s.name.endswith(("weight_shape", "g_idx")))
+        ):
+            return scheme
+    raise CheckpointError(f"{module} is stored in none of the schemes of config.json", "ask who made the file")
+
+
+def mentioned_schemes(quantization: Mapping[str, Any], container: Container) -> list[Scheme]:
+    """Every scheme that a quantization_config speaks of."""
+    if container.METHOD == "compressed-tensors":
+        groups = (quantization.get("config_groups") or {}).values()
+        return list(dict.fromkeys(s for group in groups if (s := read_group(group, quantization, "a group")) is not None))
+    entries = [
+        v for k, v in (quantization.get("dynamic") or quantization.get("extra_config") or {}).items() if not k.startswith("-:")
+    ]
+    asked = [
+        {**quantization, **entry, "dynamic": {}, "extra_config": {}, "block_name_to_quantize": None} for entry in ({}, *entries)
+    ]
+    return list(
+        dict.fromkeys(
+            s for values in asked if values.get("bits", 16) < 16 and (s := container.scheme_of(values, "any")) is not None
+        )
+    )
+
+
+MENDS = (
+    Mend(
+        "config.json: `transformers_weights` names the index, since transformers takes model.safetensors for the whole model",
+        _names_the_index,
+    ),
+    Mend("config.json: `architectures` is the class that these tensors belong to", _class_of_the_layout),
+    Mend(
+        "config.json: no M-RoPE keys, which text does not need and vLLM's drafting head stumbles over", _without_image_positions
+    ),
+    Mend(
+        "config.json: the lists of quantized and unquantized modules say what the files hold, under every engine's names",
+        _what_is_stored,
+    ),
+)
+"""In the order in which they are tried."""
