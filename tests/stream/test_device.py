@@ -18,6 +18,7 @@ from qwench.models.place import Place
 from qwench.recipe import parse_recipe
 from qwench.result import FILE_NAME, read_result
 from qwench.run import evaluate_release, run_recipe
+from tests.support.pictures import write_records
 from tests.support.pretend import NAME
 
 QUIET = Report("test", "bytes", None)
@@ -25,6 +26,7 @@ RECORDS = {FILE_NAME, "provenance.json"}
 """What says on which device a release was made."""
 
 ROWS = "calibration: {samples: 3, length: 40}\n"
+ROWS_WITH_IMAGES = "calibration: {{text: {}, samples: 3, length: 100, images: use}}\n"
 RECIPES = {
     "smoothed": ("dense", """
 acceptance: {documents: 2, length: 24}
@@ -39,6 +41,16 @@ steps:
   - correct: {rank: 8}
   - export: {}
 """),
+    "images": (
+        "dense",
+        """
+acceptance: off
+steps:
+  - smooth: {folds: [norm.input], grid: 2, layers: 3..3}
+  - quantize: {method: gptq, rules: [{roles: [attention.*], scheme: int4, layers: 3..3}, {roles: [mtp.fc], scheme: int8}]}
+  - export: {}
+""",
+    ),
     "tuned": ("dense", """
 acceptance: off
 steps:
@@ -72,11 +84,18 @@ steps:
 }  # fmt: skip
 
 
+def text_of(name: str, steps: str, folder: Path) -> str:
+    """A recipe; the one with images reads records in a folder."""
+    if name != "images":
+        return f"name: {name}\n{ROWS}{steps}"
+    return f"name: {name}\n{ROWS_WITH_IMAGES.format(write_records(folder / 'records', images=3, texts=0))}{steps}"
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("device")
     for name, (_, steps) in RECIPES.items():
-        (folder / f"{name}.yaml").write_text(f"name: {name}\n{ROWS}{steps}")
+        (folder / f"{name}.yaml").write_text(text_of(name, steps, folder))
     (folder / "jobs.txt").write_text("\n".join(f"{model} {name}" for name, (model, _) in RECIPES.items()))
     root = Path(__file__).parents[2]
     done = subprocess.run(
@@ -112,7 +131,7 @@ def test_a_recipe_on_a_device_makes_the_same_bytes_and_measures_the_same(name: s
 def test_a_recipe_on_a_gpu_is_as_good(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Sums in another order, and with bfloat16 other numbers: what must agree is what the release is worth."""
     model, steps = RECIPES[name]
-    recipe, source = parse_recipe(f"name: {name}\n{ROWS}{steps}", name), str(checkpoint(model))
+    recipe, source = parse_recipe(text_of(name, steps, tmp_path), name), str(checkpoint(model))
     place, worth = Place(torch.device("cuda", 0), dtype), []
     run_recipe(recipe, source, tmp_path / "processor", 1, QUIET, accept_any=True)
     result = run_recipe(recipe, source, tmp_path / "gpu", 1, QUIET, accept_any=True, place=place)
