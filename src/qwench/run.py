@@ -36,8 +36,9 @@ from qwench.steps.quantize import do_jobs, errors_of
 from qwench.steps.record import calibration_facts, first_record, place_facts, pruning_facts
 from qwench.stream.rows import Rows
 
-WALK_COPIES = 4
-"""Hidden states that may lie on the disk at once: two streams, before and after a layer."""
+WALK_BYTES = 4 * 2 + 4
+"""Bytes for each number of the hidden states that may lie on the disk at once: two streams before and after a layer in bfloat16, and in float32 what lies between
+its halves."""
 
 
 def plan_for(recipe: Recipe, model: str, donor: str | None = None) -> Plan | GgufRelease:
@@ -139,7 +140,7 @@ def _other_bytes(plan: Plan, material: Material, rows: Rows | None) -> int:
     """Bytes that go to the output's disk besides tensors: the other files, and a walk's hidden states while it runs."""
     sidecars = sum(path.stat().st_size for path in material.sidecars.values())
     width = plan.map.other("embed").shape[1]
-    return sidecars + (0 if rows is None else WALK_COPIES * rows.ids.numel() * width * 2)
+    return sidecars + (0 if rows is None else WALK_BYTES * rows.ids.numel() * width)
 
 
 def _counter(plan: Plan, report: Report, done: int = 0) -> Callable[[Job], None]:

@@ -27,6 +27,7 @@ from qwench.models.modules import Modules, text_positions
 from qwench.models.place import CPU, Place
 from qwench.models.weights import FUSED, read_block
 from qwench.numerics import InputRounding, Quantized
+from qwench.stream.middle import Middle, SecondHalf, in_first_half, seeing_middle, watched
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,12 @@ class Batch:
     Attributes:
         hidden: their hidden states [B, T, D].
         positions: where their tokens stand, int64 [3, B, T]; None: 0, 1, 2 ... as in text.
+        rows: their numbers in the walk, int64 [B], where they are the rows that go onward; None: others.
     """
 
     hidden: Tensor
     positions: Tensor | None = None
+    rows: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -47,7 +50,7 @@ class Batch:
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Batch:
         """The same elsewhere."""
-        return Batch(self.hidden.to(device, dtype), self.positions)
+        return Batch(self.hidden.to(device, dtype), self.positions, self.rows)
 
 
 class LiveBlock:
@@ -59,7 +62,10 @@ class LiveBlock:
         quantized: what was stored for a module, by module.
         altered: slots whose weights were changed without being quantized, by module.
         rounded: how what a module reads is rounded from now on, by module.
+        middle: where the rows that go onward are kept between the layer's halves (see `middle`); None: nowhere.
     """
+
+    middle: Middle | None = None
 
     def __init__(self, source: TensorSource, map: ModelMap, modules: Modules, index: int, place: Place = CPU) -> None:
         block, stem = map.blocks[index], f"{map.prefix}layers.{index}."
@@ -95,11 +101,13 @@ class LiveBlock:
 
     def alter(self, slot: Slot, value: Tensor) -> None:
         """Give a slot another weight that a file will hold as it is (a smoothed norm, a rescaled router)."""
+        self._forget_middle(slot)
         self.weight(slot).copy_(value)
         self.altered[slot.module] = slot
 
     def store(self, slot: Slot, quantized: Quantized) -> None:
         """Give a slot its quantized form; what runs from now on are its values, the low-rank correction included."""
+        self._forget_middle(slot)
         self.quantized[slot.module] = quantized
         self.altered.pop(slot.module, None)
         values = quantized.dequantize()
@@ -111,7 +119,14 @@ class LiveBlock:
     @torch.no_grad()
     def run(self, batch: Batch | Tensor) -> Tensor:
         """Hidden states [B, T, D] after the layer, for rows from anywhere; they stay on its device. A tensor is hidden states of text."""
-        return self.run_with(self.weights, batch)
+        middle = self.middle
+        if middle is None or isinstance(batch, Tensor) or batch.rows is None:
+            return self.run_with(self.weights, batch)
+        rows, known = batch.rows, None if watched(self.layer) else middle.pick(batch.rows)
+        if known is not None:
+            return self._from_middle(known)
+        with seeing_middle(self.layer, lambda seen: middle.put(rows, seen)):
+            return self.run_with(self.weights, batch)
 
     def run_with(self, weights: Mapping[str, Tensor], batch: Batch | Tensor) -> Tensor:
         """Hidden states after the layer with other weights by parameter name; gradients flow where the weights want them."""
@@ -124,6 +139,29 @@ class LiveBlock:
         with kernels_for(hidden_BTD), rounding_inputs(self.layer, self.block.slots, self.stem, self.rounded):
             result: Tensor = functional_call(self.layer, dict(weights), (hidden_BTD,), named, strict=True)
         return result
+
+    def _from_middle(self, middle_BTD: Tensor) -> Tensor:
+        """The second half of the layer alone."""
+        middle_BTD = middle_BTD.to(self.device, self.dtype)
+        weights = {f"layer.{name}": weight for name, weight in self.weights.items()}
+        with kernels_for(middle_BTD), rounding_inputs(self.layer, self.block.slots, self.stem, self.rounded):
+            result: Tensor = functional_call(SecondHalf(self.layer), weights, (middle_BTD,), strict=True)
+        return result
+
+    def round_inputs(self, found: Mapping[str, InputRounding]) -> None:
+        """From now on round what these modules read."""
+        self.rounded |= found
+        if any(in_first_half(slot) for slot in self.block.slots if slot.module in found) and self.middle is not None:
+            self.middle.forget()
+
+    def close(self) -> None:
+        """Let go of what lies on the disk."""
+        if self.middle is not None:
+            self.middle.close()
+
+    def _forget_middle(self, slot: Slot) -> None:
+        if self.middle is not None and in_first_half(slot):
+            self.middle.forget()
 
     def submodule(self, slot: Slot) -> nn.Module:
         """The transformers module that applies a slot's weight: for an expert, the module of all experts."""

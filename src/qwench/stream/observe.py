@@ -8,7 +8,7 @@ Letters in names: N tokens, I input channels.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +47,7 @@ class Moment:
 
 
 Take = Callable[[Tensor], None]
+Hook = Callable[..., None]
 
 
 @torch.no_grad()
@@ -61,9 +62,10 @@ def observe(
         second: whether second moments are wanted; they take I x I floats for each set.
     """
     moments = {name: empty(live.block, name, second, live.device) for name in names}
-    with taking_inputs(live, {name: moment.add for name, moment in moments.items()}):
+    with taking_inputs(live, {name: moment.add for name, moment in moments.items()}, enough=True):
         for batch in batches:
-            live.run(batch)
+            with suppress(Enough):
+                live.run(batch)
     return moments
 
 
@@ -73,23 +75,54 @@ def empty(block: Block, name: str, second: bool, device: torch.device) -> Moment
     return Moment(0, torch.zeros(width, width, device=device) if second else None, torch.zeros(width, device=device))
 
 
+class Enough(Exception):
+    """All takers have been given what they read: the rest of the pass is not needed."""
+
+
 @contextmanager
-def taking_inputs(live: LiveBlock, takers: dict[str, Take]) -> Iterator[None]:
-    """While it lasts, whatever an input set reads is also given to its taker, [N, I]."""
+def taking_inputs(live: LiveBlock, takers: dict[str, Take], enough: bool = False) -> Iterator[None]:
+    """While it lasts, whatever an input set reads is also given to its taker, [N, I].
+
+    Args:
+        enough: stop each pass where the last taker has been given its part, with `Enough`.
+    """
     experts: dict[str, Take] = {}
+    hooks = len({live.block.inputs[name][0].expert is not None or name for name in takers})
+    counted = _counted(hooks) if enough else _as_it_is
     with ExitStack() as stack:
         for name, take in takers.items():
             slot = live.block.inputs[name][0]
             if slot.expert is not None:
                 experts[name] = take
                 continue
-            handle = live.submodule(slot).register_forward_pre_hook(_flat(take))
+            handle = live.submodule(slot).register_forward_pre_hook(counted(_flat(take)))
             stack.callback(handle.remove)
         if experts:
             slot = next(s for s in live.block.slots if s.expert is not None)
-            handle = live.submodule(slot).register_forward_pre_hook(_routed(live, experts))
+            handle = live.submodule(slot).register_forward_pre_hook(counted(_routed(live, experts)))
             stack.callback(handle.remove)
         yield
+
+
+def _as_it_is(hook: Hook) -> Hook:
+    return hook
+
+
+def _counted(hooks: int) -> Callable[[Hook], Hook]:
+    """Makes the last of so many hooks of a pass end it."""
+    fired = 0
+
+    def counted(hook: Hook) -> Hook:
+        def counting(module: object, inputs: tuple[Tensor, ...]) -> None:
+            nonlocal fired
+            hook(module, inputs)
+            fired = (fired + 1) % hooks
+            if fired == 0:
+                raise Enough
+
+        return counting
+
+    return counted
 
 
 def _flat(take: Take) -> Callable[..., None]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
@@ -33,6 +33,7 @@ from qwench.stream.head import HeadStates, LiveHead, head_block
 from qwench.stream.hidden import Hidden, HiddenFiles, Lost, States
 from qwench.stream.images import Pictures
 from qwench.stream.live import Batch, LiveBlock
+from qwench.stream.middle import Middle
 from qwench.stream.observe import Take, taking_inputs
 from qwench.stream.row_inputs import RowInputs
 
@@ -103,7 +104,7 @@ class Rows:
 
     def pick(self, rows: Tensor) -> Batch:
         """Some rows of the stream that goes onward, by number, in the order asked for."""
-        return Batch(self.changed.pick(rows), self.positions(rows))
+        return Batch(self.changed.pick(rows), self.positions(rows), rows)
 
 
 @dataclass
@@ -228,7 +229,10 @@ class _Loop:
             self.files.publish(stream, index + 1)
 
     def _attempt(self, index: int) -> dict[str, Hidden] | None:
-        live = self._live(index)
+        with closing(self._live(index)) as live:
+            return self._changed(index, live)
+
+    def _changed(self, index: int, live: LiveBlock) -> dict[str, Hidden] | None:
         written: dict[str, Hidden] = {}
         if "original" in self.settings.streams:
             lookers = self.settings.observers if self.settings.onward == "original" else ()
@@ -256,7 +260,10 @@ class _Loop:
         trunk, place = self.trunk, self.settings.place
         if index == self.depth:
             return LiveHead(trunk.source, trunk.map, trunk.modules, place)
-        return LiveBlock(trunk.source, trunk.map, trunk.modules, index, place)
+        live = LiveBlock(trunk.source, trunk.map, trunk.modules, index, place)
+        if self.settings.changes:
+            live.middle = Middle(self.files.folder, self.files.shape, place.dtype)
+        return live
 
     def _name(self, index: int) -> str:
         return "the MTP head" if index == self.depth else f"layer {index}"
@@ -281,6 +288,7 @@ class _Loop:
     def _through(self, live: LiveBlock, stream: str, index: int, observers: Sequence[Observer]) -> tuple[Hidden, list[int]]:
         """Take the sound rows through a layer, and find those that it makes non-finite; rows that are out already are NaN."""
         states, shape = self._states(stream, index), self.files.before(stream, index + 1).shape
+        onward = stream == "changed"
         lost: list[int] = []
 
         def outputs() -> Iterator[Tensor]:
@@ -289,7 +297,7 @@ class _Loop:
                 sound = self.sound[rows]
                 if sound.any():
                     kept = rows[sound]
-                    read = Batch(states.pick(kept), self._positions(index, kept))
+                    read = Batch(states.pick(kept), self._positions(index, kept), kept if onward else None)
                     result[sound] = live.run(read).to("cpu", self.files.dtype)
                 lost.extend(rows[sound & ~result.isfinite().flatten(1).all(1)].tolist())
                 yield result

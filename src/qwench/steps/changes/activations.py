@@ -52,7 +52,7 @@ class ActivationRanges:
         for kind, seen in kinds.items():
             self._settle(live, kind, seen, sets)
         for name in live.block.inputs:
-            live.rounded |= {slot.module: InputRounding("fp8") for slot in self._slots(live, name, "fp8")}
+            live.round_inputs({slot.module: InputRounding("fp8") for slot in self._slots(live, name, "fp8")})
 
     def _slots(self, live: LiveBlock, name: str, activations: str) -> list[Slot]:
         """Members of an input set whose input is rounded so."""
@@ -83,7 +83,7 @@ class ActivationRanges:
             outer = divisor(ranges.get(name, max(ranges.values())))
             for slot in sets[name]:
                 live.quantized[slot.module].input_outer = torch.tensor([outer])
-                live.rounded[slot.module] = InputRounding("nvfp4", outer)
+                live.round_inputs({slot.module: InputRounding("nvfp4", outer)})
         self.reports[f"{live.label} {kind} inputs"] = self._says(seen, ranges)
 
     def _ranges(self, reached: Mapping[str, BlockSizes]) -> dict[str, float]:
