@@ -408,6 +408,32 @@ class LoadProof(Record):
     notes: list[str] = Field(default_factory=list)
 
 
+class TaskScore(Record):
+    """One metric of one benchmark, by lm-eval, on the release and on its source with the same engine.
+
+    Attributes:
+        task, metric: lm-eval's names.
+        file: of a GGUF release.
+        engine, version: who ran both, and lm-eval's version.
+        samples, few_shot: documents, and examples before each.
+        release, source: means with lm-eval's standard errors.
+        difference: release minus source, document by document: its standard error is far below theirs. None where the metric has no value for each document.
+        recovery: release / source with the error of the paired difference; None where larger is not better, or the source has 0.
+    """
+
+    task: str
+    metric: str
+    file: str | None = None
+    engine: str
+    version: str
+    samples: int
+    few_shot: int = 0
+    release: Estimate
+    source: Estimate
+    difference: Estimate | None = None
+    recovery: Estimate | None = None
+
+
 class Result(Record):
     qwench: str = __version__
     recipe: dict[str, Any]
@@ -422,6 +448,7 @@ class Result(Record):
     acceptance: AcceptanceCheck | None = None
     evaluation: Evaluation | None = None
     verifications: list[Verification] = Field(default_factory=list)
+    tasks: list[TaskScore] = Field(default_factory=list)
     load_proofs: list[LoadProof] = Field(default_factory=list)
 
     @property

@@ -36,6 +36,20 @@ def evaluate(
             "--compute", metavar="DTYPE", help="float32 or bfloat16, whose rounding is then part of what is measured."
         ),
     ] = "float32",
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            "--tasks",
+            metavar="NAMES",
+            help="Benchmarks instead, by lm-eval: its names, or YAML files of your own, with commas.",
+        ),
+    ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option("--engine", metavar="NAME", help="With --tasks: transformers, vllm, llama.cpp."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="With --tasks: documents of each.")] = None,
+    few_shot: Annotated[int | None, typer.Option(min=0, help="With --tasks: examples before each document.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure a release against its source: KL divergence, perplexity, top-1 agreement, acceptance of the MTP head.
@@ -46,6 +60,11 @@ def evaluate(
     from qwench.run import evaluate_gguf_release, evaluate_release
     from qwench.steps.gguf_verify import is_gguf
 
+    if tasks is not None:
+        run_tasks(
+            release, against, tasks, engine or ("llama.cpp" if is_gguf(release) else "transformers"), few_shot, limit, as_json
+        )
+        return
     place = place_of(device, compute)
     if is_gguf(release):
         with display.progress("evaluation", unit="blocks") as report, memory_is_told(place):
@@ -61,6 +80,26 @@ def evaluate(
         print_json(measured.model_dump(mode="json"))
     else:
         display.show_evaluation(measured)
+
+
+def run_tasks(
+    release: Path, against: str, tasks: str, engine: str, few_shot: int | None, limit: int | None, as_json: bool
+) -> None:
+    """What `eval --tasks` does."""
+    from qwench.checkpoint.hub import locate
+    from qwench.steps import tasks as step
+    from qwench.steps.card_values import task_rows
+
+    asked = step.Asked([task.strip() for task in tasks.split(",") if task.strip()], engine, few_shot, limit)
+    step.check(asked)
+    here, there = step.places(release, locate(against).path, engine)
+    found = step.measure_tasks(here, there, asked, lambda what: display.err.print(what, markup=False))
+    step.put_on_record(release.parent if release.suffix == ".gguf" else release, found)
+    if as_json:
+        print_json([score.model_dump(mode="json") for score in found])
+    else:
+        columns = ["task", "metric", "documents", "source", "release", "difference", "recovery"]
+        display.out.print(display.table(f"{asked.engine}, by lm-eval", columns, task_rows(found)))
 
 
 @app.command()

@@ -33,6 +33,7 @@ from qwench.steps.card_values import (
     headline,
     memory_text,
     rendered,
+    task_values,
 )
 from qwench.steps.report import write_report
 
@@ -110,6 +111,7 @@ def card_values(result: Result, config: dict[str, Any], title: str) -> dict[str,
         "graft": graft_values(result.graft),
         "gate": gate_values(result.acceptance),
         "pruning": pruning_values(result.pruning),
+        "tasks": task_values(result.tasks),
         "errors": error_rows(result.errors),
         "engines": engine_sections(result, title),
         "files": [{"name": file.name, "size": size_text(file.bytes)} for file in result.files],

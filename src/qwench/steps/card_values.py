@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from qwench.models.facts import component_of
-from qwench.result import Acceptance, Estimate, Evaluation, Result, RunFacts, TensorError
+from qwench.result import Acceptance, Estimate, Evaluation, Result, RunFacts, TaskScore, TensorError
 from qwench.steps.card_plots import size_text
 
 NOT_MEASURED = "not measured"
@@ -147,3 +148,26 @@ def count_text(parameters: int) -> str:
 def duration(seconds: float) -> str:
     """Seconds for a reader."""
     return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+
+
+def task_values(scores: list[TaskScore]) -> dict[str, Any] | None:
+    """Benchmarks: `how` they were run, and a row for each metric; None where none was."""
+    if not scores:
+        return None
+    how = dict.fromkeys(f"{score.version} on {score.engine}" for score in scores)
+    return {"how": " and ".join(how), "rows": task_rows(scores)}
+
+
+def task_rows(scores: Sequence[TaskScore]) -> list[tuple[str, ...]]:
+    """Task, metric, documents, source, release, difference, recovery."""
+
+    def both(estimate: Estimate | None, factor: float = 1.0, unit: str = "") -> str:
+        return f"{estimate.mean * factor:.4g}{unit} ± {estimate.standard_error * factor:.2g}{unit}" if estimate else "-"
+
+    return [
+        (
+            f"{s.task} ({s.file})" if s.file else s.task, s.metric, str(s.samples), both(s.source), both(s.release), both(s.difference),
+            both(s.recovery, 100, "%"),
+        )
+        for s in scores
+    ]  # fmt: skip

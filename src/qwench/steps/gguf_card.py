@@ -10,7 +10,7 @@ import yaml
 from qwench.result import Acceptance, Evaluation, FileFact, Result, Verification
 from qwench.steps.card_heads import graft_values
 from qwench.steps.card_plots import size_text
-from qwench.steps.card_values import HUB_ID, NOT_MEASURED, base_name, duration, memory_text, rendered, with_error
+from qwench.steps.card_values import HUB_ID, NOT_MEASURED, base_name, duration, memory_text, rendered, task_values, with_error
 from qwench.steps.launch import Launch, arguments, shell
 
 GIB = 2**30
@@ -56,6 +56,7 @@ def card_values(result: Result, title: str) -> dict[str, Any]:
         "importance_file": _importance_file(result),
         "verified": [verification_row(v) for v in result.verifications if v.engine == ENGINE],
         "commands": commands(result),
+        "tasks": task_values(result.tasks),
         "version": result.qwench,
         "seconds": duration(result.run.seconds),
         "threads": f"{result.run.threads} thread{'s' if result.run.threads != 1 else ''}",

@@ -32,6 +32,7 @@ from qwench.steps.card_values import (
     headline,
     memory_text,
     rendered,
+    task_values,
 )
 
 FILE_NAME = "report.html"
@@ -84,6 +85,7 @@ def report_values(result: Result, config: dict[str, Any], title: str) -> dict[st
             )
             for v in result.verifications
         ],
+        "tasks": task_values(result.tasks),
         "timings": timings(result, measured),
         "files": [(file.name, size_text(file.bytes)) for file in result.files],
         "version": result.qwench,
