@@ -140,7 +140,8 @@ def _other_bytes(plan: Plan, material: Material, rows: Rows | None) -> int:
     """Bytes that go to the output's disk besides tensors: the other files, and a walk's hidden states while it runs."""
     sidecars = sum(path.stat().st_size for path in material.sidecars.values())
     width = plan.map.other("embed").shape[1]
-    return sidecars + (0 if rows is None else WALK_BYTES * rows.ids.numel() * width)
+    pictures = 4 * width * rows.pictures.tokens if rows and rows.pictures else 0
+    return sidecars + (0 if rows is None else WALK_BYTES * rows.ids.numel() * width) + pictures
 
 
 def _counter(plan: Plan, report: Report, done: int = 0) -> Callable[[Job], None]:

@@ -18,6 +18,7 @@ from qwench.errors import CheckpointError
 from qwench.models import map_of
 from qwench.models.mtp import MtpHead
 from qwench.models.run import Trunk
+from qwench.models.tower import Tower
 from qwench.stream.calibration import calibration_rows
 from qwench.stream.hidden import HiddenFiles
 from qwench.stream.live import LiveBlock
@@ -111,8 +112,14 @@ def test_images_go_through_the_tower_in_groups(tmp_path: Path, monkeypatch: pyte
     assert [len(group) for group in grouped(rows.pictures.places)] == [1, 1, 1]
     monkeypatch.setattr("qwench.stream.row_inputs.PATCHES", 700)
     assert [len(group) for group in grouped(rows.pictures.places)] == [2, 1]
-    assert torch.equal(inputs.embed(every), expected)
-    assert inputs.embed(torch.tensor([4, 1])).equal(expected[[4, 1]])
+    with monkeypatch.context() as watched:
+        runs = list[int]()
+        embed = Tower.embed
+        watched.setattr(Tower, "embed", lambda tower, patches, grids: runs.append(len(grids)) or embed(tower, patches, grids))
+        inputs = RowInputs(trunk, rows.ids, rows.pictures, tmp_path)
+        assert torch.equal(inputs.embed(every), expected)
+        assert inputs.embed(torch.tensor([4, 1])).equal(expected[[4, 1]])
+    assert runs == [2, 1], "the tower runs once over every image, however often rows are embedded"
 
 
 def test_an_image_that_changes_under_us_and_a_tower_that_overflows_are_told(tmp_path: Path) -> None:

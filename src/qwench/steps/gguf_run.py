@@ -206,4 +206,5 @@ def _other_bytes(plan: GgufRelease, material: Material, rows: Rows | None) -> in
         return sidecars
     importance = sum(4 * (slot.shape[-1] + 1) for slot in plan.map.slots() if slot.linear)
     width = plan.map.other("embed").shape[1]
-    return sidecars + importance + rows.ids.numel() * width * 4
+    pictures = 4 * width * rows.pictures.tokens if rows.pictures else 0
+    return sidecars + importance + rows.ids.numel() * width * 4 + pictures

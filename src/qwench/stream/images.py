@@ -22,7 +22,7 @@ from torch import Tensor
 
 from qwench.checkpoint.folder import read_config
 from qwench.errors import CheckpointError
-from qwench.models.grid import Grid
+from qwench.models.grid import Grid, tokens_of
 
 Image = bytes | Path
 """Where the bytes of an image are: here, or in a file."""
@@ -66,6 +66,11 @@ class Pictures:
         """SHA-256 over row, start, grid and bytes of every image, in hexadecimal."""
         lines = (f"{p.row} {p.start} {p.grid} {p.sha256}\n" for p in self.places)
         return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    @property
+    def tokens(self) -> int:
+        """That they take in all rows."""
+        return sum(tokens_of(picture.grid, self.processor.merge) for picture in self.places)
 
     def of(self, row: int) -> list[Picture]:
         """Those of a row."""

@@ -160,7 +160,7 @@ def walk(
         head_block(source, map)
         assert files.depth == len(map.blocks) and ids_NT.shape[1] > 1
     trunk = Trunk(source, map, settings.place.dtype, settings.place.device)
-    _Loop(settings, RowInputs(trunk, ids_NT, pictures), files, emit, tell).run()
+    _Loop(settings, RowInputs(trunk, ids_NT, pictures, files.folder), files, emit, tell).run()
 
 
 @dataclass
