@@ -47,10 +47,15 @@ def test_table_and_vllm_agree_on_good_and_on_broken_files(tmp_path: Path) -> Non
 
 
 def mended_copy(folder: Path, out: Path) -> Path | None:
-    """A copy with the config that `qwench doctor --fix` would write, where it would write one."""
+    """A copy with the config that `qwench doctor --fix` would write, where it would write one and vLLM would load it."""
     with Checkpoint.open(folder) as source:
-        config, told = mended(source)
-    return variant(folder, out, lambda was: (was.clear(), was.update(config))[0]) if told else None
+        found = mended(source)
+
+    def change(config: dict[str, Any]) -> None:
+        config.clear()
+        config.update(found.config)
+
+    return variant(folder, out, change) if found.told and found.after["vllm"].good else None
 
 
 def differences(model: Model, load: Load, seen: dict[str, Any]) -> list[str]:

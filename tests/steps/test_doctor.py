@@ -87,6 +87,17 @@ def test_what_a_config_promises_and_the_files_lack_is_told(home: Path, tmp_path:
     assert not found.good and "MTP head is missing" in found.complaints[0][0] and "graft" in found.complaints[0][1]
 
 
+def test_a_method_that_no_table_knows_is_not_called_fine(home: Path, tmp_path: Path) -> None:
+    other = variant(
+        release(home, "dense", "bf16"),
+        tmp_path / "m",
+        lambda c: c.update(quantization_config={"quant_method": "awq", "bits": 4}),
+    )
+    found = examine(str(other))
+    assert not found.good and found.proofs == {} and "'awq'" in found.complaints[-1][0]
+    assert CliRunner().invoke(app, ["doctor", str(other)]).exit_code == 3
+
+
 def test_commands_and_their_exit_codes(home: Path) -> None:
     good, broken = str(release(home, "dense", "int4")), str(make(home, "fc quantized by a broad target"))
     assert (fine := CliRunner().invoke(app, ["doctor", good])).exit_code == 0 and "nothing to complain of" in fine.output

@@ -32,22 +32,23 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_metadata_is_mended_for_every_engine(case: str, home: Path) -> None:
     with Checkpoint.open(make(home, case)) as source:
         assert not all(prove(source, name).good for name in TABLES)
-        config, told = mended(source)
-        assert told and all(line.startswith("config.json: ") for line in told)
-        assert all(prove(Reconfigured(source, config), name).good for name in TABLES)
+        found = mended(source)
+        assert found.told and all(line.startswith("config.json: ") for line in found.told)
+        assert all(prove(Reconfigured(source, found.config), name).good for name in TABLES)
 
 
 @pytest.mark.parametrize("case", BEYOND)
 def test_what_lies_in_the_tensors_is_left_alone(case: str, home: Path) -> None:
     with Checkpoint.open(make(home, case)) as source:
-        config, told = mended(source)
-        assert told == [] and config == source.config
+        found = mended(source)
+        assert found.told == [] and found.config == source.config and found.before == found.after
 
 
 @pytest.mark.parametrize("recipe", ["int4", "gptq8", "auto-round", "nvfp4a16"])
 def test_a_release_that_loads_is_not_changed(recipe: str, home: Path) -> None:
     with Checkpoint.open(release(home, "dense", recipe)) as source:
-        assert mended(source) == (source.config, [])
+        found = mended(source)
+        assert found.told == [] and found.config == source.config
 
 
 def test_keys_of_others_and_what_groups_say_beside_their_targets_stay(home: Path, tmp_path: Path) -> None:
@@ -60,9 +61,9 @@ def test_keys_of_others_and_what_groups_say_beside_their_targets_stay(home: Path
         quantization["config_groups"]["group_0"]["weights"]["observer"] = "mse"
 
     with Checkpoint.open(variant(make(home, "prefix-bound pattern"), tmp_path / "m", change)) as source:
-        config, told = mended(source)
-    quantization = config["quantization_config"]
-    assert told and quantization["version"] == "0.9.1" and quantization["theirs"] == [1, 2]
+        found = mended(source)
+    quantization = found.config["quantization_config"]
+    assert found.told and quantization["version"] == "0.9.1" and quantization["theirs"] == [1, 2]
     assert quantization["config_groups"]["group_0"]["weights"]["observer"] == "mse"
 
 
@@ -83,7 +84,7 @@ def test_files_are_replaced_whole_and_tensors_stay(home: Path, tmp_path: Path) -
     tensors = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors")}
     original = (make(home, "good dense gptq") / "quantize_config.json").read_bytes()
     with Checkpoint.open(folder) as source:
-        config, _ = mended(source)
+        config = mended(source).config
     assert write_config(folder, config, FORMATS["gptq"]) == ["quantize_config.json", "config.json"]
     assert json.loads((folder / "config.json").read_text()) == config
     assert json.loads((folder / "quantize_config.json").read_text()) == config["quantization_config"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from qwench.numerics import Scheme
@@ -73,7 +74,7 @@ class Module:
     configured: bool = True
     extras: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def fused(self) -> bool:
         return len({m.leaf for m in self.members}) > 1
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ class Table:
         engine, version: whose it is.
         rules: what it does, and where that is written.
         models: the networks that it builds from a folder.
-        replay: what comes of loading them.
+        loads: what comes of loading them.
         joins: whether members of joined modules must agree.
     """
 
@@ -37,24 +37,23 @@ class Table:
     version: str
     rules: tuple[Rule, ...]
     models: Callable[[Config, Tensors], list[Model]]
-    replay: Callable[[Config, Tensors], list[Load]]
+    loads: Callable[[Sequence[Model], Config, Tensors], list[Load]]
     joins: bool = True
 
 
 def _sglang(version: str) -> Table:
     return Table(
-        "sglang", version, sglang.RULES,
-        lambda config, tensors: sglang.models_of(config, tensors, version), lambda config, tensors: sglang.replay(config, tensors, version),
-    )  # fmt: skip
+        "sglang", version, sglang.RULES, lambda config, tensors: sglang.models_of(config, tensors, version), sglang.loads_of
+    )
 
 
 TABLES: dict[str, Table] = {
-    "vllm": Table("vllm", vllm.VERSION, vllm.RULES, vllm.models_of, vllm.replay),
+    "vllm": Table("vllm", vllm.VERSION, vllm.RULES, vllm.models_of, vllm.loads_of),
     "sglang": _sglang(sglang.VERSION),
     "sglang-0.5.21": _sglang("0.5.21"),
     "sglang-0.5.19": _sglang("0.5.19"),
     "transformers": Table(
-        "transformers", transformers.VERSION, transformers.RULES, transformers.models_of, transformers.replay, joins=False
+        "transformers", transformers.VERSION, transformers.RULES, transformers.models_of, transformers.loads_of, joins=False
     ),
 }
 """By the name that a person types: an engine in its newest known version, or `engine-version`."""
@@ -72,11 +71,11 @@ def prove(source: StoredSource, name: str, values: bool = True) -> Proof:
         CheckpointError: the config cannot be read, or its quantization is of a kind that no table knows.
     """
     table = table_of(name)
-    loads = table.replay(source.config, source.tensors)
+    models = table.models(source.config, source.tensors)
+    loads = table.loads(models, source.config, source.tensors)
     found = findings_of(loads, table.rules)
     read: Read | None = source.read if values else None
     if table.joins:
-        models = table.models(source.config, source.tensors)
         weight_only = any(
             s and s.kind == "nvfp4" and s.activations == "none" for model in models for s in model.schemes.values()
         )

@@ -11,7 +11,7 @@ memory held. Three things hit Qwen3.5 files:
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,10 +89,13 @@ SKIPPED = (".bias", "_bias", ".k_scale", "_k_scale", ".v_scale", "_v_scale", "_w
 
 def replay(config: Mapping[str, Any], tensors: Mapping[str, TensorEntry], version: str = VERSION) -> list[Load]:
     """What SGLang does with a checkpoint; arguments and errors as in `vllm.replay`."""
-    ordered = sorted(
-        tensors.values(), key=lambda entry: (entry.file, entry.name)
-    )  # files, and names in each, as they are opened there
-    return [load(model, ordered) for model in models_of(config, tensors, version)]
+    return loads_of(models_of(config, tensors, version), config, tensors)
+
+
+def loads_of(models: Sequence[Model], config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> list[Load]:
+    """Load models that were just built: files, and the names in each, in the order in which they are opened there."""
+    ordered = sorted(tensors.values(), key=lambda entry: (entry.file, entry.name))
+    return [load(model, ordered) for model in models]
 
 
 def models_of(config: Mapping[str, Any], tensors: Mapping[str, TensorEntry], version: str = VERSION) -> list[Model]:

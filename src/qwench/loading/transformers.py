@@ -7,7 +7,7 @@ It joins nothing but experts. It looks for files before it looks at names: a `mo
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qwench.checkpoint.folder import INDEX_NAME
@@ -41,11 +41,16 @@ RULES = (
 
 def replay(config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> list[Load]:
     """What transformers does with a checkpoint; arguments and errors as in `vllm.replay`."""
-    (model,) = models_of(config, tensors)
-    made = load(model, seen(config, tensors).values())
+    return loads_of(models_of(config, tensors), config, tensors)
+
+
+def loads_of(models: Sequence[Model], config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> list[Load]:
+    """Load the model that was just built, from the files that are opened."""
+    (model,) = models
+    opened = seen(config, tensors)
+    made = load(model, opened.values())
     unseen = Dropped(f"{SINGLE} is taken for the whole model, and this tensor lies in another file", rule="one-file")
-    mine = {name: unseen for name in tensors.keys() - seen(config, tensors).keys() if not name.startswith("mtp.")}
-    made.dropped = mine | made.dropped
+    made.dropped = {name: unseen for name in tensors.keys() - opened.keys() if not name.startswith("mtp.")} | made.dropped
     return [made]
 
 

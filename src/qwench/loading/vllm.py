@@ -8,7 +8,7 @@ checkpoint is quantized; experts beyond the number in the config; global scales 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from qwench.checkpoint.source import TensorEntry
@@ -80,7 +80,12 @@ def replay(config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> lis
     Raises:
         CheckpointError: a config without the numbers of a Qwen3.5, or a quantization method that this table does not know.
     """
-    return [load(model, tensors.values()) for model in models_of(config, tensors)]
+    return loads_of(models_of(config, tensors), config, tensors)
+
+
+def loads_of(models: Sequence[Model], config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> list[Load]:
+    """Load models that were just built; what they are filled with stays in them."""
+    return [load(model, tensors.values()) for model in models]
 
 
 def models_of(config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> list[Model]:

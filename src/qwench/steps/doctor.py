@@ -14,7 +14,6 @@ from rich.console import Console
 from qwench.checkpoint.headers import open_headers
 from qwench.checkpoint.source import StoredSource
 from qwench.errors import CheckpointError
-from qwench.loading.proof import TABLES, prove
 from qwench.loading.replay import container_for
 from qwench.models.facts import facts
 from qwench.models.geometry import Complaint
@@ -58,7 +57,7 @@ class Examination:
     @property
     def good(self) -> bool:
         """Whether nothing is wrong in the newest version of any engine."""
-        return not self.complaints and all(self.proofs[name].good for name in NEWEST)
+        return not self.complaints and all(name in self.proofs and self.proofs[name].good for name in NEWEST)
 
     def as_data(self) -> dict[str, Any]:
         """For --json."""
@@ -83,14 +82,19 @@ def examine(model: str, fix: bool = False) -> Examination:
     source, here = open_headers(model)
     if fix and not (here and Path(model).expanduser().is_dir()):
         raise CheckpointError(f"{model} is not a folder of yours: nothing can be mended there", "fetch it, and give the folder")
-    config, mends = mended(source, here)
+    try:
+        found = mended(source, here)
+    except CheckpointError as error:  # a method or numbers that no table knows
+        unknown = (f"how engines would load it cannot be told: {error.what}", error.mend)
+        return Examination(model, (*complaints(source), unknown), {}, notes=tuple(source.notes))
     changed: list[str] = []
-    if fix and mends:
-        changed = write_config(source.folder, config, container_for(config))
-        source, here = open_headers(model)
+    if fix and found.told:
+        changed = write_config(source.folder, found.config, container_for(found.config))
+        source, _ = open_headers(model)
+    proofs = found.after if changed else found.before
     return Examination(
-        model=model, complaints=tuple(complaints(source)), proofs={name: recorded(prove(source, name, here)) for name in TABLES},
-        mends=tuple(mends), changed=tuple(changed), notes=tuple(source.notes),
+        model=model, complaints=tuple(complaints(source)), proofs={name: recorded(proof) for name, proof in proofs.items()},
+        mends=tuple(found.told), changed=tuple(changed), notes=tuple(source.notes),
     )  # fmt: skip
 
 

@@ -71,8 +71,24 @@ class Reconfigured:
         return self.source.stamp()
 
 
-def mended(source: StoredSource, values: bool = True) -> tuple[Config, list[str]]:
-    """The config that makes the most of a checkpoint's tensors, and what was changed for it; the config as it is where nothing helps.
+@dataclass(frozen=True)
+class Mended:
+    """The config that makes the most of a checkpoint's tensors.
+
+    Attributes:
+        config: the one that it has, where nothing helps.
+        told: what was changed, a line each.
+        before, after: the proofs of every engine under the old and under the new config.
+    """
+
+    config: Config
+    told: list[str]
+    before: dict[str, Proof]
+    after: dict[str, Proof]
+
+
+def mended(source: StoredSource, values: bool = True) -> Mended:
+    """Try every mend, and keep those that help.
 
     Args:
         values: whether the source's values can be read.
@@ -80,25 +96,31 @@ def mended(source: StoredSource, values: bool = True) -> tuple[Config, list[str]
     Raises:
         CheckpointError: from the proofs.
     """
-    config, told = source.config, []
-    faults = _faults(source, values)
+    config, told = source.config, list[str]()
+    before = proofs = prove_all(source, values)
     for mend in MENDS:
-        candidate = mend.change(Reconfigured(source, config))
+        candidate = mend.change(Reconfigured(source, config)) if not all(proof.good for proof in proofs.values()) else None
         if candidate is None or candidate == config:
             continue
-        left = _faults(Reconfigured(source, candidate), values)
-        if sum(left.values()) < sum(faults.values()) and all(left[name] <= faults[name] for name in left):
-            config, faults = candidate, left
+        then = prove_all(Reconfigured(source, candidate), values)
+        if helps(proofs, then):
+            config, proofs = candidate, then
             told.append(mend.name)
-    return config, told
+    return Mended(config, told, before, proofs)
 
 
-def _faults(source: StoredSource, values: bool) -> dict[str, int]:
-    """How much goes wrong in each engine: modules and tensors that findings are about."""
-    return {name: _weight(prove(source, name, values)) for name in TABLES}
+def prove_all(source: StoredSource, values: bool) -> dict[str, Proof]:
+    """The proof of every table."""
+    return {name: prove(source, name, values) for name in TABLES}
 
 
-def _weight(proof: Proof) -> int:
+def helps(before: Mapping[str, Proof], after: Mapping[str, Proof]) -> bool:
+    """Whether fewer modules and tensors are in trouble, and none more in any engine."""
+    was, left = ({name: _trouble(proof) for name, proof in proofs.items()} for proofs in (before, after))
+    return sum(left.values()) < sum(was.values()) and all(left[name] <= was[name] for name in left)
+
+
+def _trouble(proof: Proof) -> int:
     return sum(max(1, len(finding.names)) for finding in proof.findings if finding.level != "note")
 
 
