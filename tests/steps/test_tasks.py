@@ -147,3 +147,12 @@ def test_what_cannot_be_asked_is_told(gguf: Path, tmp_path: Path) -> None:
         read_task(str(tmp_path / "t.yaml"))
     assert read_task("hellaswag") == "hellaswag"
     assert without(["a", "--x", "1", "b"], "--x") == ["a", "b"] == without(["a", "b"], "--x")
+
+
+@pytest.mark.engine("vllm")
+def test_vllm_chooses_as_transformers_does() -> None:
+    """Over the server that `qwench serve` starts: a minute or two on processors."""
+    task = [read_task(str(TASK))]
+    one, other = (run_tasks(checkpoint("dense"), task, Asked([str(TASK)], engine)) for engine in ("vllm", "transformers"))
+    (score,) = scores(one, other, Asked([str(TASK)], "vllm"), None)
+    assert score.difference == estimate(0, 0) and score.samples == 16

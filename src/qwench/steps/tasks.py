@@ -104,8 +104,8 @@ def places(release: Path, source: Path, engine: str, file: str | None = None) ->
 
 def check(asked: Asked) -> None:
     """Raise UserError where lm-eval or the engine is not there."""
-    if util.find_spec("lm_eval") is None:
-        raise UserError("lm-eval is not installed", 'pip install "qwench[tasks]"')
+    if util.find_spec("lm_eval") is None or (asked.engine == "vllm" and util.find_spec("tenacity") is None):
+        raise UserError("lm-eval with its clients of servers (lm-eval[api]) is not installed", 'pip install "qwench[tasks]"')
     if asked.engine not in ENGINES:
         raise EngineError(f"no tasks can be run with {asked.engine!r}", f"give --engine {', '.join(ENGINES)}")
     if not asked.tasks:
