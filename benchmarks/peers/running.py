@@ -107,12 +107,13 @@ def _job(entrant: Entrant, model: Model, told: Calibration, folder: Path) -> dic
     tuning = {"iterations": told.iterations, "batch": told.batch} if entrant.tuned else {}
     settings: dict[str, Any] = {**entrant.settings, **tuning}
     if entrant.who == OURS:
-        own = {**entrant.settings, **({"autoround": tuning} if tuning else {})}
+        own = {**entrant.settings, **({"autoround": {**entrant.settings.get("autoround", {}), **tuning}} if tuning else {})}
         path = folder / "recipe.yaml"
         made = recipe(entrant.name, entrant.weights, model, entrant.method, own, told.rows, told.length)
         path.write_text(yaml.safe_dump(made, sort_keys=False), encoding="utf-8")
         load_recipe(str(path))
-        settings = {"recipe": str(path), "content": made}
+        compute = {"compute": entrant.settings["compute"]} if "compute" in entrant.settings else {}
+        settings = {"recipe": str(path), "content": made, **compute}
     return {
         "model": str(checkpoint(model)), "out": str(folder / "release"), "rows": str(told.file), "method": entrant.method, "settings": settings,
     }  # fmt: skip

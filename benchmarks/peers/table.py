@@ -1,4 +1,4 @@
-"""The results as Markdown: a line for each entrant, and what is to be said where a peer is ahead."""
+"""The results as Markdown: a line for each entrant, and where a peer is ahead."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ def markdown(record: dict[str, Any]) -> str:
     absent = [f"- {row['name']}: {row['why_not']}" for row in rows if row.get("why_not")]
     ahead = [line for row in rows for line in _ahead(row, {r["name"]: r for r in rows})]
     ratios = [line for row in rows for line in _ratio(row, {r["name"]: r for r in rows})]
-    for title, lines in (("Peers beside ours", ratios), ("Where a peer is ahead", ahead), ("Not in the table", absent)):
+    for title, lines in (
+        ("Peers beside ours", ratios),
+        ("Where a peer is ahead, or takes less than twice our memory", ahead),
+        ("Not in the table", absent),
+    ):
         said += [f"## {title}", "", *(lines or ["nothing"]), ""]
     return "\n".join(said)
 

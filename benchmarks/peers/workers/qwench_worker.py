@@ -11,6 +11,7 @@ import qwench.cli
 import qwench.run
 import qwench.steps.evaluate
 from qwench.display import Report
+from qwench.models.place import place_of
 from qwench.recipe import load_recipe
 from qwench.stream.rows import ids_sha256
 
@@ -19,7 +20,8 @@ def main() -> None:
     start = measured.begin()
     job = measured.job()
     recipe = load_recipe(job.settings["recipe"])
-    result = qwench.run.run_recipe(recipe, str(job.model), job.out, 1, Report("release", "bytes", None))
+    place = place_of("cpu", job.settings.get("compute"))
+    result = qwench.run.run_recipe(recipe, str(job.model), job.out, 1, Report("release", "bytes", None), place=place)
     said = {}
     if result.calibration:
         import torch
