@@ -114,7 +114,9 @@ def test_a_calibrated_head_is_closer_than_a_rounded_one_and_nothing_else_changes
     if method == "gptq":
         assert any(key.startswith("mtp.fc") and "of rounding" in said for key, said in found.reports.items())
     else:
-        assert "mtp layer 0 autoround" in found.reports and all(key.startswith("mtp") for key in found.reports), "its start is GPTQ"
+        assert "mtp layer 0 autoround" in found.reports and all(key.startswith("mtp") for key in found.reports), (
+            "its start is GPTQ"
+        )
     source = Checkpoint.open(model)
     written = Checkpoint.open(tmp_path / method)
     for name in source.tensors.keys() & written.tensors.keys():
