@@ -20,6 +20,7 @@ from qwench.numerics import decode
 from qwench.recipe import Recipe, parse_recipe
 from qwench.run import run_recipe
 from qwench.steps.plan import Plan, make_plan
+from qwench.steps.prepare import prepared
 from tests.support.tiny import write_tiny
 
 QUIET = Report("test", "bytes", None)
@@ -52,8 +53,9 @@ def for_model(recipe: Recipe, moe: bool) -> Recipe:
 
 
 def plan_of(recipe: Recipe, folder: Path, moe: bool) -> Plan:
-    source = Checkpoint.open(folder)
-    return make_plan(for_model(recipe, moe), source, map_of(source))
+    made = for_model(recipe, moe)
+    source = prepared(made, Checkpoint.open(folder), None)
+    return make_plan(made, source, map_of(source))
 
 
 @pytest.fixture(scope="module", params=["dense", "moe"])
@@ -70,7 +72,7 @@ def test_a_release_in_every_container_is_read_back_to_the_rounding(
     recipe = for_model(recipe_of(format), moe)
     run_recipe(recipe, str(folder), tmp_path / "out", 1, QUIET)
     plan = plan_of(recipe_of(format), folder, moe)
-    release, source = open_source(tmp_path / "out"), Checkpoint.open(folder)
+    release, source = open_source(tmp_path / "out"), plan.source
     assert isinstance(release, Release)
     assert {w.module for w in release.stored.values()} == set(plan.schemes)
     for job in plan.jobs:
