@@ -7,10 +7,12 @@ nothing unknown. What stays behind is listed, so that the record can say so.
 
 from __future__ import annotations
 
+import os
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from qwench.checkpoint.folder import CONFIG_NAME, INDEX_NAME
+from qwench.errors import CheckpointError
 
 SIDECARS = (
     "tokenizer.json",
@@ -54,3 +56,19 @@ def _files(folder: Path) -> list[Path]:
 
 def _rides_along(name: str) -> bool:
     return not name.endswith(".py") and any(fnmatchcase(name, pattern) for pattern in SIDECARS)
+
+
+def content_of(path: Path) -> bytes:
+    """A file to copy, whole. Raises CheckpointError."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}", "make the file readable, or fetch it again") from None
+
+
+def put_file(path: Path, content: bytes) -> None:
+    """A whole file, on the disk, with the permissions that the user's umask gives."""
+    with path.open("wb") as target:
+        target.write(content)
+        target.flush()
+        os.fsync(target.fileno())

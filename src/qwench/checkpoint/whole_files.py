@@ -12,7 +12,6 @@ staging folder, a finished file goes down in the journal with its check sum, who
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -21,8 +20,8 @@ from types import TracebackType
 from typing import Any
 
 from qwench.checkpoint.journal import Journal, read_journal
+from qwench.checkpoint.sidecars import content_of, put_file
 from qwench.checkpoint.staging import Seal, Staging, check_output, output_errors
-from qwench.errors import CheckpointError
 
 CHUNK = 1 << 22
 
@@ -106,12 +105,12 @@ class WholeFiles:
         assert not self.left, f"{self.left} were never written"
         for name, content in sidecars.items():
             assert name not in self.sizes and Path(name).name == name
-            data = content if isinstance(content, bytes) else _content(content)
+            data = content if isinstance(content, bytes) else content_of(content)
             with output_errors(self._staging.files / name):
-                _write(self._staging.files / name, data)
+                put_file(self._staging.files / name, data)
         for name, made in (seal(self._staging.files) if seal else {}).items():
             with output_errors(self._staging.files / name):
-                _write(self._staging.files / name, made)
+                put_file(self._staging.files / name, made)
         self._staging.publish()
 
     def _kept(self) -> dict[str, int]:
@@ -145,17 +144,3 @@ def crc_of(path: Path) -> int:
         while moved := file.readinto(buffer):
             crc = zlib.crc32(buffer[:moved], crc)
     return crc
-
-
-def _content(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}", "make the file readable, or fetch it again") from None
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as target:
-        target.write(content)
-        target.flush()
-        os.fsync(target.fileno())

@@ -34,9 +34,9 @@ from qwench.checkpoint.header import FileLayout
 from qwench.checkpoint.journal import Journal, read_journal
 from qwench.checkpoint.parts import part_shape
 from qwench.checkpoint.reader import CHUNK
+from qwench.checkpoint.sidecars import content_of, put_file
 from qwench.checkpoint.source import DTYPE_CODE, Part, StoredSource, TensorEntry
 from qwench.checkpoint.staging import Seal, Staging, check_output, output_errors
-from qwench.errors import CheckpointError
 
 __all__ = ["CheckpointWriter", "FileLayout"]
 
@@ -150,13 +150,13 @@ class CheckpointWriter:
         assert not others.keys() & {layout.name for layout in self.files}, "a sidecar has the name of a tensor file"
         for name, content in others.items():
             assert _within(name), f"sidecar {name} is not in the folder or one below it"
-            data = content if isinstance(content, bytes) else _content(content)
+            data = content if isinstance(content, bytes) else content_of(content)
             with output_errors(self._staging.files / name):
                 (self._staging.files / name).parent.mkdir(exist_ok=True)
-                _write_file(self._staging.files / name, data)
+                put_file(self._staging.files / name, data)
         for name, data in (seal(self._staging.files) if seal else {}).items():
             with output_errors(self._staging.files / name):
-                _write_file(self._staging.files / name, data)
+                put_file(self._staging.files / name, data)
         for layout in self.files:
             with output_errors(self._staging.files / layout.name):
                 os.fsync(self._descriptors[layout.name])
@@ -274,18 +274,3 @@ def _pwrite(descriptor: int, data: memoryview, at: int) -> None:
     while data:
         moved = os.pwrite(descriptor, data, at)
         data, at = data[moved:], at + moved
-
-
-def _content(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}", "make the file readable, or fetch it again") from None
-
-
-def _write_file(path: Path, content: bytes) -> None:
-    """A whole file, on the disk, with the permissions that the user's umask gives."""
-    with path.open("wb") as target:
-        target.write(content)
-        target.flush()
-        os.fsync(target.fileno())

@@ -32,6 +32,7 @@ from qwench.steps.card_values import (
     has_component,
     headline,
     memory_text,
+    origin_of,
     rendered,
     task_values,
 )
@@ -125,14 +126,7 @@ def card_values(result: Result, config: dict[str, Any], title: str) -> dict[str,
 
 def front_matter(result: Result, config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The YAML header that hubs read, and comment lines for what the user must fill in."""
-    base, comments = base_name(result), []
-    front: dict[str, Any] = {"base_model": base, "base_model_relation": "quantized"}
-    if not HUB_ID.fullmatch(base):
-        comments.append("# base_model: the source was a local folder; put the hub id of the base model here")
-    if result.source.license:
-        front["license"] = result.source.license
-    else:
-        comments.append("# license: the source names none; put the license of the base model here")
+    front, comments = origin_of(result)
     front["library_name"] = "transformers"
     front["pipeline_tag"] = "image-text-to-text" if has_component(result, "vision") else "text-generation"
     method = config.get("quantization_config", {}).get("quant_method")

@@ -171,3 +171,16 @@ def task_rows(scores: Sequence[TaskScore]) -> list[tuple[str, ...]]:
         )
         for s in scores
     ]  # fmt: skip
+
+
+def origin_of(result: Result) -> tuple[dict[str, Any], list[str]]:
+    """What the YAML header says about where a release comes from, and comment lines for what it does not know."""
+    base, comments = base_name(result), []
+    front: dict[str, Any] = {"base_model": base, "base_model_relation": "quantized"}
+    if not HUB_ID.fullmatch(base):
+        comments.append("# base_model: the source was a local folder; put the hub id of the base model here")
+    if result.source.license:
+        front["license"] = result.source.license
+    else:
+        comments.append("# license: the source names none; put the license of the base model here")
+    return front, comments

@@ -10,7 +10,17 @@ import yaml
 from qwench.result import Acceptance, Evaluation, FileFact, Result, Verification
 from qwench.steps.card_heads import graft_values
 from qwench.steps.card_plots import size_text
-from qwench.steps.card_values import HUB_ID, NOT_MEASURED, base_name, duration, memory_text, rendered, task_values, with_error
+from qwench.steps.card_values import (
+    HUB_ID,
+    NOT_MEASURED,
+    base_name,
+    duration,
+    memory_text,
+    origin_of,
+    rendered,
+    task_values,
+    with_error,
+)
 from qwench.steps.launch import Launch, arguments, shell
 
 GIB = 2**30
@@ -68,14 +78,7 @@ def card_values(result: Result, title: str) -> dict[str, Any]:
 
 def front_matter(result: Result) -> tuple[dict[str, Any], list[str]]:
     """The YAML header that hubs read, and comment lines for what the user must fill in."""
-    base, comments = base_name(result), []
-    front: dict[str, Any] = {"base_model": base, "base_model_relation": "quantized"}
-    if not HUB_ID.fullmatch(base):
-        comments.append("# base_model: the source was a local folder; put the hub id of the base model here")
-    if result.source.license:
-        front["license"] = result.source.license
-    else:
-        comments.append("# license: the source names none; put the license of the base model here")
+    front, comments = origin_of(result)
     front["library_name"] = "gguf"
     front["pipeline_tag"] = "image-text-to-text" if any(f.content == "vision" for f in result.files) else "text-generation"
     speculation = ["mtp", "speculative-decoding"] if has_mtp(result) else []

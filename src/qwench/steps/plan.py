@@ -21,7 +21,7 @@ from qwench.models.map import ModelMap
 from qwench.numerics.scheme import Scheme
 from qwench.recipe import Export, Recipe, recipe_data
 from qwench.steps.assign import Complaint, assign, assigned, input_complaints, shape_complaints, split_sets
-from qwench.steps.jobs import COPY_BUFFER, Job, Storage, files_of, job_memory, jobs_of
+from qwench.steps.jobs import COPY_BUFFER, Job, Storage, files_of, job_memory, jobs_of, walk_memory
 from qwench.steps.prune import prune_notes, with_fewer_experts
 
 
@@ -110,8 +110,10 @@ class Plan:
 
     @property
     def working_memory(self) -> int:
-        """Bytes that a run holds at the worst, above what the interpreter and its libraries take: one set of weights beside one copy."""
-        return max((job_memory(job, self.source) for job in self.jobs), default=0) + COPY_BUFFER
+        """Bytes that a run holds above what the interpreter and its libraries take: at the worst one set of weights beside one copy; where the recipe reads rows, at least
+        one layer of the walk."""
+        rounding = max((job_memory(job, self.source) for job in self.jobs), default=0) + COPY_BUFFER
+        return max(rounding, walk_memory(self.map)) if self.recipe.calibrated else rounding
 
 
 def make_plan(recipe: Recipe, source: StoredSource, map: ModelMap) -> Plan:
