@@ -314,6 +314,7 @@ class Evaluation(Record):
         tokens: positions that were scored: all but the last of each row.
         loss_increase: negative log-likelihood of the text, release minus source, nats per token. Paired token by token, its standard error is far
             below those of the perplexities, which documents of different difficulty dominate.
+        corrections: weights that were read with their low-rank correction (EoRA): engines that add none get the release without.
         hidden_error_by_layer: after each decoder layer, ||release - source|| / ||source|| over the hidden states of all rows.
         seconds, peak_rss, device, peak_vram: of the evaluation.
     """
@@ -325,6 +326,7 @@ class Evaluation(Record):
     length: int = 0
     tokens: int
     compute_dtype: str
+    corrections: int = 0
     divergence: Divergence
     perplexity_source: Estimate
     perplexity_release: Estimate

@@ -18,7 +18,8 @@ from qwench.formats.release import open_source
 from qwench.models import map_of, sketch
 from qwench.models.run import Trunk
 from qwench.recipe import Recipe, load_recipe, parse_recipe
-from qwench.run import run_recipe
+from qwench.run import evaluate_release, run_recipe
+from qwench.steps.card import write_card
 from qwench.steps.plan import make_plan
 from qwench.steps.verify import verify
 from qwench.stream.rows import held_out_rows
@@ -123,6 +124,20 @@ def test_corrections_lie_in_a_folder_of_their_own_and_bring_the_release_closer(f
     ids = held_out_rows(source, 4, 256).ids
     expected, without, with_them = (_hidden(found, ids) for found in (Checkpoint.open(source), plain, open_source(out)))
     assert float((with_them - expected).square().mean()) < 0.8 * float((without - expected).square().mean())
+
+
+def test_a_card_says_that_its_figures_are_those_with_corrections(tmp_path: Path) -> None:
+    source, out = checkpoint("dense"), tmp_path / "out"
+    run_recipe(corrected(), str(source), out, 0, QUIET)
+    assert evaluate_release(out, str(source), None, 2, 64, QUIET).corrections == len(Adapter(out / "eora").modules) > 0
+    assert "read with its" in write_card(out).read_text(encoding="utf-8")
+
+
+def test_a_plan_of_a_walk_names_the_memory_of_a_layer() -> None:
+    """The largest layer of the 9B shape in float32 is 0.9 GB, the second moment of its down projection 0.6 GB: far more than rounding needs."""
+    source = sketch(json.loads((CONFIGS / "qwen3.5-9b.json").read_text(encoding="utf-8")))
+    walked, rounded = (make_plan(load_recipe(name), source, map_of(source)) for name in ("gptq-int8-int4-eora", "int4"))
+    assert walked.working_memory > 1.3 * GIB > 4 * rounded.working_memory
 
 
 def test_an_engine_without_corrections_is_held_against_the_release_alone(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ The engines differ in what they compare those with:
 
 - transformers: with its own module names, which are those of the checkpoint.
 - vLLM: with its runtime names (`language_model.model.layers.3...` for `model.language_model.layers.3...`); it renames exact names and
-  leaves patterns alone, and drops exact names that begin with `mtp.`. Of a fused module it asks the members, or the fused name.
+  leaves patterns alone, and before 0.32 dropped exact names that begin with `mtp.`. Of a fused module it asks the members, or the fused name.
 - SGLang: with its runtime names, exact names by containment (`...mlp.gate` is found in `...mlp.gate_proj`); inside the MTP head it knows
   fused names only.
 

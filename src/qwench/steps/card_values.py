@@ -98,6 +98,7 @@ def evaluation_values(evaluation: Evaluation) -> dict[str, Any]:
         "text": evaluation.text,
         "text_sha256": evaluation.text_sha256,
         "ids_sha256": evaluation.ids_sha256,
+        "corrections": evaluation.corrections,
         "documents": evaluation.documents,
         "length": evaluation.length or NOT_MEASURED,
         "tokens": f"{evaluation.tokens:,}",

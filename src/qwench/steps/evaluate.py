@@ -21,6 +21,7 @@ from qwench.evaluation.acceptance import DRAFTS, acceptance, accepted, draft_tok
 from qwench.evaluation.divergence import TokenMeasures, histogram, measure_tokens
 from qwench.evaluation.lockstep import Progress, read_in_lockstep
 from qwench.evaluation.statistics import Mean, clustered_mean, exponential, quantile
+from qwench.formats.adapter import Corrected
 from qwench.formats.release import open_source
 from qwench.machine import peak_rss
 from qwench.models import ModelMap, map_of
@@ -79,6 +80,7 @@ def evaluate(
         tokens=len(measures.divergence),
         compute_dtype=place.says[1],
         device=place.says[0],
+        corrections=len(sources[1].adapter.modules) if isinstance(sources[1], Corrected) else 0,
         divergence=summarized_divergence(measures),
         perplexity_source=_estimate(exponential(clustered_mean(measures.loss_source, measures.documents))),
         perplexity_release=_estimate(exponential(clustered_mean(measures.loss_release, measures.documents))),
