@@ -34,8 +34,8 @@ from qwench.formats.gguf_writer import write_gguf
 from qwench.models import map_of
 from qwench.models.run import Trunk
 from qwench.result import Acceptance
-from qwench.steps.evaluate import measured_acceptance
-from qwench.steps.verify import row_divergence
+from qwench.steps.checks.verify import row_divergence
+from qwench.steps.measures.evaluate import measured_acceptance
 from qwench.stream.calibration import calibration_rows
 from qwench.stream.importance import importance_walk
 from qwench.stream.rows import Rows, held_out_rows

@@ -36,8 +36,8 @@ from qwench.models.map import ModelMap
 from qwench.models.run import Trunk
 from qwench.numerics import Scheme
 from qwench.recipe import Correct, Export, Quantize, Recipe, Rule, Smooth, Step
-from qwench.steps.assign import assign
 from qwench.steps.changes import Rounding, Smoothing, Tuning
+from qwench.steps.planning.assign import assign
 from qwench.stream.calibration import calibration_rows
 from qwench.stream.hidden import HiddenFiles
 from qwench.stream.live import LiveBlock

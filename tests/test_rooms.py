@@ -41,8 +41,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "steps": LOW | {"display"},
     "display": {"result", "machine"},
     "run": LOW | {"steps", "display"},
+    "measuring": LOW | {"steps", "display"},
     "reproduce": LOW | {"steps", "run", "display"},
-    "cli": LOW | {"steps", "run", "reproduce", "display", "demo"},
+    "cli": LOW | {"steps", "run", "measuring", "reproduce", "display", "demo"},
     "__main__": {"cli"},
     "demo": {"errors"},
 }

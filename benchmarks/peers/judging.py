@@ -26,7 +26,7 @@ from qwench.formats.release import has_corrections, open_source
 from qwench.models import ModelMap, map_of
 from qwench.models.mtp import MtpHead
 from qwench.models.run import Trunk
-from qwench.steps.verify import verify
+from qwench.steps.checks.verify import verify
 from qwench.stream.rows import held_out_rows
 
 READERS = {"compressed-tensors": "transformers", "gptq": "gptqmodel", "auto-round": "auto-round", None: "transformers"}

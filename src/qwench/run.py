@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from qwench.checkpoint.folder import read_config
 from qwench.checkpoint.hub import locate
 from qwench.checkpoint.source import StoredSource
 from qwench.checkpoint.staging import check_output
@@ -22,15 +21,15 @@ from qwench.machine import peak_rss
 from qwench.models import map_of
 from qwench.models.place import CPU, Place
 from qwench.recipe import Recipe
-from qwench.result import FILE_NAME, CalibrationFacts, Evaluation, Result, RunFacts, Verification, read_result, write_result
+from qwench.result import FILE_NAME, CalibrationFacts, Result, RunFacts
 from qwench.steps.calibrate import calibrate, rows_for, split_jobs
-from qwench.steps.gate import unfinished_release
-from qwench.steps.gguf_plan import GgufRelease, make_gguf_plan
-from qwench.steps.gguf_run import make_release
-from qwench.steps.heads import watch_head
-from qwench.steps.jobs import Job
-from qwench.steps.material import Material, material_for_plan, open_material
-from qwench.steps.plan import Plan, make_plan
+from qwench.steps.gguf.plan import GgufRelease, make_gguf_plan
+from qwench.steps.gguf.run import make_release
+from qwench.steps.heads.gate import unfinished_release
+from qwench.steps.heads.watch import watch_head
+from qwench.steps.materials.material import Material, material_for_plan, open_material
+from qwench.steps.planning.jobs import Job
+from qwench.steps.planning.plan import Plan, make_plan
 from qwench.steps.provenance import Origin, seal
 from qwench.steps.quantize import do_jobs, errors_of
 from qwench.steps.record import calibration_facts, first_record, place_facts, pruning_facts
@@ -161,94 +160,3 @@ def _sidecars(plan: Plan, material: Material, result: Result) -> dict[str, bytes
     config = json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n"
     record = result.model_dump_json(indent=1) + "\n"
     return {**material.sidecars, **plan.sidecars, "config.json": config.encode(), FILE_NAME: record.encode()}
-
-
-def verify_release(release: Path, engine: str, adapter: Path | None = None) -> Verification:
-    """Load a release in an engine, alone or with an adapter of corrections, and add what came of it to the record.
-
-    What was found with an adapter stands before what was found without, so that readers who want one line per engine take the release alone.
-    """
-    from qwench.steps.verify import verify
-
-    found = verify(release, engine, adapter=adapter)
-    if (release / FILE_NAME).is_file():
-        result = read_result(release)
-        others = [v for v in result.verifications if (v.engine, v.adapter) != (found.engine, found.adapter)]
-        result.verifications = sorted([*others, found], key=lambda v: v.adapter is None)
-        write_result(release, result)
-    return found
-
-
-def verify_gguf_release(release: Path, engine: str, file: str | None, against: str | None) -> list[Verification]:
-    """Load every language model of a GGUF release in llama.cpp, or one file, and add what came of it to the record.
-
-    Args:
-        against: the checkpoint that it was made from, for comparing unquantized files with transformers; None where it is not at hand.
-    """
-    from qwench.steps.gguf_verify import refuse_other_engines, verify_gguf
-
-    refuse_other_engines(release, engine)
-    found = verify_gguf(release, file, locate(against).path if against else None)
-    folder = release.parent if release.suffix == ".gguf" else release
-    if (folder / FILE_NAME).is_file():
-        result, names = read_result(folder), {v.file for v in found}
-        result.verifications = [v for v in result.verifications if v.file not in names] + found
-        write_result(folder, result)
-    return found
-
-
-def evaluate_gguf_release(
-    release: Path, against: str, text: Path | None, documents: int, length: int, report: Report, only: str | None = None,
-    place: Place = CPU,
-) -> dict[str, Evaluation]:  # fmt: skip
-    """Measure every language model of a GGUF release against the source, or one file, and add the figures to the record; by file."""
-    from qwench.formats.gguf_source import GgufSource
-    from qwench.steps.evaluate import evaluate
-    from qwench.steps.gguf_verify import files_to_verify
-    from qwench.stream.rows import held_out_rows, rows_from_text
-
-    files = files_to_verify(release, only)
-    folder, source = files[0].parent, locate(against).path
-    config = read_config(folder)
-    rows = rows_from_text(text, folder, documents, length) if text else held_out_rows(folder, documents, length)
-    sources, measured = [GgufSource(file, config) for file in files], dict[str, Evaluation]()
-    for opened in sources:
-        name = opened.file.name
-        measured[name] = evaluate(
-            opened,
-            source,
-            rows,
-            lambda at, name=name: report(at.block, at.blocks, f"{name}, {at.tokens_per_second:.0f} tokens/s"),  # type: ignore[misc]
-            place,
-        )
-        if (folder / FILE_NAME).is_file():
-            result = read_result(folder)
-            for fact in result.files:
-                fact.evaluation = measured.get(fact.name, fact.evaluation)
-            write_result(folder, result)
-    return measured
-
-
-def evaluate_release(
-    release: Path, against: str, text: Path | None, documents: int, length: int, report: Report, speculate: int = 0,
-    place: Place = CPU,
-) -> Evaluation:  # fmt: skip
-    """Measure a release against its source and add the figures to the record; `speculate`: tokens that both write with drafts after each row."""
-    from qwench.steps.evaluate import evaluate
-    from qwench.stream.rows import held_out_rows, rows_from_text
-
-    read_config(release)
-    rows = rows_from_text(text, release, documents, length) if text else held_out_rows(release, documents, length)
-    measured = evaluate(
-        release,
-        locate(against).path,
-        rows,
-        lambda at: report(at.block, at.blocks, f"{at.tokens_per_second:.0f} tokens/s"),
-        place,
-        speculate,
-    )
-    if (release / FILE_NAME).is_file():
-        result = read_result(release)
-        result.evaluation = measured
-        write_result(release, result)
-    return measured

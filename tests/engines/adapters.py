@@ -15,7 +15,7 @@ from qwench.formats import adapter
 from qwench.formats.release import Release, open_source
 from qwench.models import map_of
 from qwench.models.run import Trunk
-from qwench.steps.verify import our_logprobs, row_divergence
+from qwench.steps.checks.verify import our_logprobs, row_divergence
 
 RANK = 16
 STRENGTH = 0.4

@@ -12,7 +12,7 @@ from qwench.display import Report
 from qwench.engines import ENGINES, Request
 from qwench.recipe import parse_recipe
 from qwench.run import run_recipe
-from qwench.steps.verify import verify
+from qwench.steps.checks.verify import verify
 from tests.support.releases import rewrite
 from tests.support.tiny import write_tiny
 

@@ -13,7 +13,7 @@ from qwench.engines import ENGINES, Request
 from qwench.formats.release import Release, open_source
 from qwench.recipe import parse_recipe
 from qwench.run import run_recipe
-from qwench.steps.verify import verify
+from qwench.steps.checks.verify import verify
 from tests.engines.adapters import effect, write_adapter
 from tests.support.oracle import write_runnable
 from tests.support.releases import rewrite

@@ -11,7 +11,7 @@ from qwench.display import Report
 from qwench.engines import ENGINES, Request
 from qwench.recipe import parse_recipe
 from qwench.run import run_recipe
-from qwench.steps.verify import verify
+from qwench.steps.checks.verify import verify
 from tests.engines.adapters import effect, write_adapter
 
 ROWS = [[(11 * i + 5 * j * j) % 1300 + 16 for j in range(33)] for i in range(2)]

@@ -9,7 +9,7 @@ import pytest
 from qwench.display import Report
 from qwench.recipe import parse_recipe
 from qwench.run import run_recipe
-from qwench.steps.verify import verify
+from qwench.steps.checks.verify import verify
 from tests.support.oracle import write_runnable
 
 ROWS = [[(11 * i + 5 * j * j) % 1300 + 16 for j in range(33)] for i in range(2)]

@@ -19,8 +19,8 @@ from qwench.models import map_of
 from qwench.numerics import decode
 from qwench.recipe import Recipe, parse_recipe
 from qwench.run import run_recipe
-from qwench.steps.plan import Plan, make_plan
-from qwench.steps.prepare import prepared
+from qwench.steps.materials.prepare import prepared
+from qwench.steps.planning.plan import Plan, make_plan
 from tests.support.tiny import write_tiny
 
 QUIET = Report("test", "bytes", None)

@@ -10,7 +10,7 @@ import pytest
 from qwench.checkpoint.reader import Checkpoint
 from qwench.loading import vllm
 from qwench.loading.parts import Load, Model
-from qwench.steps.mend import mended
+from qwench.steps.checks.mend import mended
 from tests.loading.cases import CASES, make, variant
 from tests.loading.vllm_asked import vllm_loads
 

@@ -19,7 +19,7 @@ from qwench.models.mtp import MtpHead
 from qwench.models.run import Trunk
 from qwench.recipe import parse_recipe
 from qwench.steps.calibrate import Calibrated, calibrate, split_jobs, write_job
-from qwench.steps.plan import Plan, make_plan
+from qwench.steps.planning.plan import Plan, make_plan
 from qwench.steps.quantize import do_jobs, errors_of
 from qwench.stream.head import LiveHead
 from qwench.stream.rows import Rows, ids_sha256

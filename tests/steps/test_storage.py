@@ -15,13 +15,14 @@ from qwench.display import Report
 from qwench.errors import RecipeError
 from qwench.formats.adapter import Adapter
 from qwench.formats.release import open_source
+from qwench.measuring import evaluate_release
 from qwench.models import map_of, sketch
 from qwench.models.run import Trunk
 from qwench.recipe import Recipe, load_recipe, parse_recipe
-from qwench.run import evaluate_release, run_recipe
-from qwench.steps.card import write_card
-from qwench.steps.plan import make_plan
-from qwench.steps.verify import verify
+from qwench.run import run_recipe
+from qwench.steps.cards.card import write_card
+from qwench.steps.checks.verify import verify
+from qwench.steps.planning.plan import make_plan
 from qwench.stream.rows import held_out_rows
 from tests.support.tiny import write_tiny
 

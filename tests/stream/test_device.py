@@ -14,10 +14,11 @@ import torch
 
 from qwench.demo import checkpoint
 from qwench.display import Report
+from qwench.measuring import evaluate_release
 from qwench.models.place import Place
 from qwench.recipe import parse_recipe
 from qwench.result import FILE_NAME, read_result
-from qwench.run import evaluate_release, run_recipe
+from qwench.run import run_recipe
 from tests.support.pictures import write_records
 from tests.support.pretend import NAME
 

@@ -14,9 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qwench.demo import checkpoint
 from qwench.display import Report
+from qwench.measuring import evaluate_release
 from qwench.models.place import Place
 from qwench.recipe import load_recipe
-from qwench.run import evaluate_release, run_recipe
+from qwench.run import run_recipe
 from tests.support.pretend import pretended
 
 QUIET = Report("test", "bytes", None)

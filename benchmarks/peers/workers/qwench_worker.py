@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
 import qwench.cli
 import qwench.run
-import qwench.steps.evaluate
+import qwench.steps.measures.evaluate
 from qwench.display import Report
 from qwench.models.place import place_of
 from qwench.recipe import load_recipe

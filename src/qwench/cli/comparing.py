@@ -40,12 +40,12 @@ def compare(
     """
     from qwench.checkpoint.hub import locate
     from qwench.errors import OutputError
+    from qwench.measuring import evaluate_gguf_release, evaluate_release
     from qwench.models.place import memory_is_told, place_of
     from qwench.result import Evaluation
-    from qwench.run import evaluate_gguf_release, evaluate_release
-    from qwench.steps import compare as step
-    from qwench.steps.card_plots import size_text
-    from qwench.steps.compare_plot import draw_comparison
+    from qwench.steps.cards.plots import size_text
+    from qwench.steps.measures import compare as step
+    from qwench.steps.measures.compare_plot import draw_comparison
     from qwench.stream.rows import held_out_rows, rows_from_text
 
     place, found = place_of(device, "float32"), step.contenders(releases)

@@ -52,8 +52,8 @@ def inspect(
 
     Example: `qwench inspect ./Qwen3.5-9B --context 65536 --vram 24`
     """
-    from qwench.steps.inspect import inspection, show
-    from qwench.steps.material import shapes_of
+    from qwench.steps.checks.inspect import inspection, show
+    from qwench.steps.materials.material import shapes_of
 
     found = inspection(shapes_of(model), model, context, vram)
     if as_json:
@@ -69,8 +69,9 @@ def plan(recipe: RecipeArgument, model: ModelOption, donor: DonorOption = None, 
     Example: `qwench plan nvfp4a16 --model ./Qwen3.5-9B`
     """
     from qwench.run import plan_for
-    from qwench.steps import gguf_table, plan_table
-    from qwench.steps.gguf_plan import GgufRelease
+    from qwench.steps.gguf import table as gguf_table
+    from qwench.steps.gguf.plan import GgufRelease
+    from qwench.steps.planning import table as plan_table
 
     made = plan_for(load_recipe(recipe), model, donor)
     if as_json:
@@ -130,8 +131,9 @@ def demo(
     Example: `qwench demo`
     """
     from qwench.demo import checkpoint
-    from qwench.run import evaluate_release, run_recipe, verify_release
-    from qwench.steps.card import write_card
+    from qwench.measuring import evaluate_release, verify_release
+    from qwench.run import run_recipe
+    from qwench.steps.cards.card import write_card
 
     model = str(checkpoint("moe" if moe else "dense"))
     if force and (out / "result.json").is_file():

@@ -56,9 +56,9 @@ def evaluate(
 
     Example: `qwench eval ./Qwen3.5-9B-NVFP4A16 --against ./Qwen3.5-9B`
     """
+    from qwench.measuring import evaluate_gguf_release, evaluate_release
     from qwench.models.place import memory_is_told, place_of
-    from qwench.run import evaluate_gguf_release, evaluate_release
-    from qwench.steps.gguf_verify import is_gguf
+    from qwench.steps.gguf.verify import is_gguf
 
     if tasks is not None:
         run_tasks(
@@ -87,8 +87,8 @@ def run_tasks(
 ) -> None:
     """What `eval --tasks` does."""
     from qwench.checkpoint.hub import locate
-    from qwench.steps import tasks as step
-    from qwench.steps.card_values import task_rows
+    from qwench.steps.cards.values import task_rows
+    from qwench.steps.measures import tasks as step
 
     asked = step.Asked([task.strip() for task in tasks.split(",") if task.strip()], engine, few_shot, limit)
     step.check(asked)
@@ -143,8 +143,8 @@ def verify(
     if offline:
         _verify_offline(release, engine or "vllm", as_json)
         return
-    from qwench.run import verify_gguf_release, verify_release
-    from qwench.steps.gguf_verify import is_gguf, refuse_gguf_questions
+    from qwench.measuring import verify_gguf_release, verify_release
+    from qwench.steps.gguf.verify import is_gguf, refuse_gguf_questions
 
     if is_gguf(release):
         if adapter is not None:
@@ -167,7 +167,7 @@ def verify(
 
 
 def _verify_offline(release: Path, engine: str, as_json: bool) -> None:
-    from qwench.steps.proof import offline_release, show
+    from qwench.steps.checks.proof import offline_release, show
 
     proof = offline_release(release, engine)
     if as_json:
@@ -197,7 +197,7 @@ def doctor(
 
     Example: `qwench doctor some/Qwen3.5-9B-AWQ`, then on a copy of it `qwench doctor ./Qwen3.5-9B-AWQ --fix`
     """
-    from qwench.steps.doctor import PROBLEMS, examine, show_examination
+    from qwench.steps.checks.doctor import PROBLEMS, examine, show_examination
 
     found = examine(model, fix)
     if as_json:

@@ -19,7 +19,7 @@ def card(release: ReleaseArgument) -> None:
 
     Example: `qwench card ./Qwen3.5-9B-NVFP4A16`
     """
-    from qwench.steps.card import write_card
+    from qwench.steps.cards.card import write_card
 
     display.out.print(f"wrote {write_card(release)}")
 
@@ -91,8 +91,8 @@ def serve(
     Example: `qwench serve ./Qwen3.5-9B-NVFP4A16 --engine vllm --vram 24`
     """
     from qwench.models.place import gpu_memory
-    from qwench.steps.launch import shell
-    from qwench.steps.serve import run_server, serving
+    from qwench.steps.publishing.launch import shell
+    from qwench.steps.publishing.serve import run_server, serving
 
     found = serving(release, engine, file, int(vram * 2**30) if vram else gpu_memory(), context, host, port)
     if as_json:
@@ -117,7 +117,7 @@ def push(
 
     Example: `qwench push ./Qwen3.5-9B-NVFP4A16 me/Qwen3.5-9B-NVFP4A16 --dry-run`
     """
-    from qwench.steps import push as step
+    from qwench.steps.publishing import push as step
 
     items = step.files_to_push(release)
     for note in step.warnings(release):

@@ -6,7 +6,7 @@ state. A question goes to the process as a JSON file, the answer comes back as o
 - `logprobs` float32 [length - 1, k]: entry (t, j) is the log-probability, in nats, that token `tokens[t, j]` comes after position t;
 - `tokens` int64 [length - 1, k]; absent where k is the whole vocabulary, in order.
 
-Nothing here knows how we read a file ourselves: `qwench.steps.verify` brings the two together.
+Nothing here knows how we read a file ourselves: `qwench.steps.checks.verify` brings the two together.
 """
 
 from __future__ import annotations

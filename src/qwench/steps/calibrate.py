@@ -25,12 +25,13 @@ from qwench.models.place import CPU, Place
 from qwench.models.pruned import Pruned
 from qwench.recipe import Recipe
 from qwench.steps.changes import ActivationRanges, Pruning, Rounding, Smoothing, Tuning
-from qwench.steps.jobs import Job
-from qwench.steps.plan import Plan
+from qwench.steps.planning.jobs import Job
+from qwench.steps.planning.plan import Plan
 from qwench.steps.quantize import stored_chunks, write_quantized
 from qwench.stream.calibration import calibration_rows
 from qwench.stream.hidden import HiddenFiles
 from qwench.stream.live import LiveBlock
+from qwench.stream.observe import Reach
 from qwench.stream.rows import Rows
 from qwench.stream.walk import Change, Tell, Walk, walk
 
@@ -57,7 +58,12 @@ class Calibrated:
 def rows_for(recipe: Recipe, folder: Path) -> Rows:
     """The calibration rows of a recipe, in the tokens of the checkpoint in `folder`. Raises TextError."""
     assert recipe.calibration is not None
-    return calibration_rows(folder, **recipe.calibration.model_dump())
+    return calibration_rows(folder, **recipe.calibration.model_dump(exclude={"experts"}))
+
+
+def reach_of(recipe: Recipe) -> Reach:
+    """Which tokens the statistics of an expert are gathered on."""
+    return recipe.calibration.experts if recipe.calibration else "routed"
 
 
 def walks_head(plan: Plan) -> bool:
@@ -116,7 +122,7 @@ def calibrate(
     width = plan.map.other("embed").shape[1]
     depth = len(plan.map.blocks)
     files = HiddenFiles(writer.scratch, (*rows.ids.shape, width), torch.bfloat16, depth)
-    settings = Walk(changes_of(plan.recipe, plan), mtp=walks_head(plan), batch=batch, place=place)
+    settings = Walk(changes_of(plan.recipe, plan), mtp=walks_head(plan), batch=batch, place=place, reach=reach_of(plan.recipe))
     _forget_what_is_not_proved(files, settings, layers, writer)
     whole, map, stored = (s.whole, s.whole_map, s) if isinstance(s := plan.source, Pruned) else (source, plan.map, source)
 

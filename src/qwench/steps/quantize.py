@@ -25,7 +25,7 @@ from qwench.methods.rtn import round_fused
 from qwench.models.map import Slot
 from qwench.numerics import Quantized, Scheme
 from qwench.result import TensorError
-from qwench.steps.jobs import Job
+from qwench.steps.planning.jobs import Job
 
 Done = Callable[[Job], None]
 """Called after each job, from the thread that did it."""

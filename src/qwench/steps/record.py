@@ -19,9 +19,9 @@ from qwench.models.pruned import Pruned
 from qwench.recipe import recipe_data
 from qwench.result import CalibrationFacts, FileFact, PrunedLayer, PruningFacts, Result, RunFacts, SourceFacts, TensorError
 from qwench.steps.calibrate import PRUNED, Calibrated
-from qwench.steps.material import Material
-from qwench.steps.plan import Plan
-from qwench.steps.tally import precision_rows
+from qwench.steps.materials.material import Material
+from qwench.steps.planning.plan import Plan
+from qwench.steps.planning.tally import precision_rows
 from qwench.stream.rows import Rows
 
 

@@ -23,8 +23,8 @@ from qwench.recipe import ActivationSettings, Quantize, Rule, parse_recipe
 from qwench.result import read_result
 from qwench.run import run_recipe
 from qwench.steps.changes import ActivationRanges, Rounding
-from qwench.steps.plan import make_plan
-from qwench.steps.verify import verify
+from qwench.steps.checks.verify import verify
+from qwench.steps.planning.plan import make_plan
 from qwench.stream.hidden import HiddenFiles
 from qwench.stream.live import LiveBlock
 from qwench.stream.observe import taking_inputs

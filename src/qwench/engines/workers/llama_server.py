@@ -1,6 +1,6 @@
 """`python -m qwench.engines.workers.llama_server`: llama.cpp's own HTTP server out of the `xllamacpp` package, for machines that have no `llama-server`.
 
-It takes the options of `llama-server` that `qwench.steps.launch` writes, and no others; it prints where it listens, and runs until it is stopped.
+It takes the options of `llama-server` that `qwench.steps.publishing.launch` writes, and no others; it prints where it listens, and runs until it is stopped.
 """
 
 from __future__ import annotations

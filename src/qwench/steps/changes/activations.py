@@ -64,7 +64,7 @@ class ActivationRanges:
         seen = {name: BlockSizes(examples=Examples() if self.settings.range == "mse" else None) for name in names}
         if names:
             takers: dict[str, Take] = {name: sizes.add for name, sizes in seen.items()}
-            with torch.no_grad(), taking_inputs(live, takers):
+            with torch.no_grad(), taking_inputs(live, takers, reach=rows.reach):
                 for batch in rows.batches():
                     live.run(batch)
         return seen

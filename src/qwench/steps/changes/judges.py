@@ -71,8 +71,29 @@ def capture_module(live: LiveBlock, rows: Rows, norm: Slot) -> Read:
     return taken
 
 
+def inputs_one_by_one(live: LiveBlock, rows: Rows, names: Sequence[str]) -> Iterator[list[Tensor]]:
+    """What each of some input sets reads, one after the other, [N, I] a batch; nothing where no token reached it.
+
+    Down projections that are to see all tokens, not those of their expert alone, would hold experts times tokens between them: so what the mixture reads is held, and what one of them makes of it
+    while it is its turn."""
+    if rows.reach == "all" and all(name.startswith("experts.") for name in names):
+        read = capture_inputs(live, rows, ["mlp"])["mlp"]
+        for name in names:
+            gate_up = live.weights["mlp.experts.gate_up_proj"][int(name.split(".")[1])]
+            yield [_inner(x, gate_up) for x in read] if name.endswith(".down") else read
+        return
+    taken = capture_inputs(live, rows, names)
+    for name in names:
+        yield taken.pop(name)
+
+
+def _inner(x_ND: Tensor, gate_up: Tensor) -> Tensor:
+    gate, up = F.linear(x_ND, gate_up).chunk(2, -1)
+    return F.silu(gate) * up
+
+
 def capture_inputs(live: LiveBlock, rows: Rows, names: Sequence[str]) -> dict[str, list[Tensor]]:
-    """What linear modules read, by input set, [N, I] a batch; all experts in one pass. Batches without tokens are left out."""
+    """What linear modules read, by input set, [N, I] a batch; all experts in one pass, each with the tokens that are sent to it. Batches without tokens are left out."""
     taken: dict[str, list[Tensor]] = {name: [] for name in names}
 
     def taker(name: str) -> Callable[[Tensor], None]:

@@ -17,7 +17,7 @@ from qwench.methods.rtn import round_fused
 from qwench.models.map import Block, Slot
 from qwench.numerics import Quantized, Scheme
 from qwench.recipe import Correct, Quantize
-from qwench.steps.jobs import WeightSet, weight_sets
+from qwench.steps.planning.jobs import WeightSet, weight_sets
 from qwench.stream.live import LiveBlock
 from qwench.stream.mixture import in_mixture, moments_of
 from qwench.stream.observe import Moment

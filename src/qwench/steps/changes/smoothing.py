@@ -22,8 +22,8 @@ from qwench.models.map import Fold, Slot
 from qwench.numerics import Scheme
 from qwench.recipe import Smooth, layer_range
 from qwench.steps.changes.judges import (
-    capture_inputs,
     capture_module,
+    inputs_one_by_one,
     is_mixture,
     linear_output,
     mixture_output,
@@ -88,12 +88,13 @@ class Smoothing:
             self.reports[key] = self._norm(live, rows, fold, *pairs[0]).says
             return
         names = [input_of(live.block, readers[0]) for _, readers in pairs]
-        inputs = capture_inputs(live, rows, names)
         found: list[Found] = []
-        silent = [source.expert for (source, _), name in zip(pairs, names, strict=True) if not inputs[name]]
-        for (source, readers), name in zip(pairs, names, strict=True):
-            if inputs[name]:
-                found.append(self._linear(live, fold, source, readers, inputs.pop(name)))
+        silent: list[int | None] = []
+        for (source, readers), inputs in zip(pairs, inputs_one_by_one(live, rows, names), strict=True):
+            if inputs:
+                found.append(self._linear(live, fold, source, readers, inputs))
+            else:
+                silent.append(source.expert)
         self.reports[key] = together(found) + (f"; no token reached experts {silent}: 1 is kept" if silent else "")
 
     def _norm(self, live: LiveBlock, rows: Rows, fold: Fold, source: Slot, readers: list[Slot]) -> Found:
@@ -155,7 +156,7 @@ class Smoothing:
             for name, slots in live.block.inputs.items()
             if name in sets
         }
-        with taking_inputs(live, {name: moment.add for name, moment in moments.items()}):
+        with taking_inputs(live, {name: moment.add for name, moment in moments.items()}, reach=rows.reach):
             run_some(live, rows)
         found = [(slot, self._limits(live, slot, moments[input_of(live.block, slot)].sums)) for slot in chosen]
         for slot, narrowed in found:

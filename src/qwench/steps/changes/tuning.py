@@ -18,7 +18,7 @@ from qwench.models.map import Slot
 from qwench.numerics import Quantized, Scheme
 from qwench.recipe import Correct, Quantize
 from qwench.steps.changes.rounding import Rounding, corrected, input_of
-from qwench.steps.jobs import WeightSet, weight_sets
+from qwench.steps.planning.jobs import WeightSet, weight_sets
 from qwench.stream.hidden import States
 from qwench.stream.live import Batch, LiveBlock
 from qwench.stream.mixture import moments_of
