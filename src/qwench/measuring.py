@@ -53,11 +53,12 @@ def verify_gguf_release(release: Path, engine: str, file: str | None, against: s
 
 
 def evaluate_release(
-    release: Path, against: str, text: Path | None, documents: int, length: int, report: Report, speculate: int = 0,
-    place: Place = CPU,
+    release: Path, against: str, text: Path | None = None, documents: int = 16, length: int = 512, report: Report | None = None,
+    speculate: int = 0, place: Place = CPU,
 ) -> Evaluation:  # fmt: skip
     """Measure a release against its source and add the figures to the record; `speculate`: tokens that both write with drafts after each row."""
     read_config(release)
+    report = report or _plain()
     rows = _rows(text, release, documents, length)
     measured = evaluate(release, locate(against).path, rows, lambda at: _tell(report, at), place, speculate)
 
@@ -69,14 +70,14 @@ def evaluate_release(
 
 
 def evaluate_gguf_release(
-    release: Path, against: str, text: Path | None, documents: int, length: int, report: Report, only: str | None = None,
-    place: Place = CPU,
+    release: Path, against: str, text: Path | None = None, documents: int = 16, length: int = 512, report: Report | None = None,
+    only: str | None = None, place: Place = CPU,
 ) -> dict[str, Evaluation]:  # fmt: skip
     """Measure every language model of a GGUF release against the source, or one file, and add the figures to the record; by file.
 
     Each file's figures are put down as soon as they are known.
     """
-    files = files_to_verify(release, only)
+    files, report = files_to_verify(release, only), report or _plain()
     folder, source = files[0].parent, locate(against).path
     config, measured = read_config(folder), dict[str, Evaluation]()
     rows = _rows(text, folder, documents, length)
@@ -94,6 +95,11 @@ def evaluate_gguf_release(
 
 def _rows(text: Path | None, tokenizer: Path, documents: int, length: int) -> Rows:
     return rows_from_text(text, tokenizer, documents, length) if text else held_out_rows(tokenizer, documents, length)
+
+
+def _plain() -> Report:
+    """What tells of progress where nobody asked for more: a line every ten seconds on stderr."""
+    return Report("evaluation", "blocks", None)
 
 
 def _tell(report: Report, at: Progress, what: str = "") -> None:

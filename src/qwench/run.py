@@ -58,12 +58,16 @@ def _name_of(model: str) -> str:
 
 
 def run_recipe(
-    recipe: Recipe, model: str, out: Path, threads: int, report: Report, donor: str | None = None, accept_any: bool = False,
-    place: Place = CPU,
+    recipe: Recipe, model: str, out: Path, threads: int = 0, report: Report | None = None, donor: str | None = None,
+    accept_any: bool = False, place: Place = CPU,
 ) -> Result:  # fmt: skip
     """Make a release: plan, write, measure its MTP head, record.
 
     Args:
+        model: a folder, or a hub id.
+        out: must not exist yet, be empty, or hold what an earlier run of the same recipe left unfinished.
+        threads: of torch; 0 leaves them as they are.
+        report: what long work tells; without it a line every ten seconds on stderr.
         donor: a folder or a hub id, in place of the recipe's.
         accept_any: finish it whatever its head is worth.
         place: where layers run, and in which numbers.
@@ -73,6 +77,7 @@ def run_recipe(
         KeyboardInterrupt: what is finished stays for the next run.
     """
     started, began = time.monotonic(), datetime.now(UTC)
+    report = report or Report(recipe.name, "bytes", None)
     if threads:
         torch.set_num_threads(threads)
     check_output(out, 0)
