@@ -13,12 +13,13 @@ The recipe says what; the command line says where and on which machine. An unkno
 Targets are roles (see `qwench.models.map`), never patterns over tensor names.
 """
 
+from qwench.errors import suggestion
 from qwench.recipe.gguf import ExportGguf, TypeOverride
 from qwench.recipe.graft import AcceptanceGate, Graft
 from qwench.recipe.load import bundled, load_recipe, parse_recipe
 from qwench.recipe.prune import Prune
 from qwench.recipe.recipe import Recipe, recipe_data
-from qwench.recipe.rules import Rule, SchemeSpec, layer_range, suggestion
+from qwench.recipe.rules import Rule, SchemeSpec, layer_range
 from qwench.recipe.steps import (
     ActivationSettings,
     AutoRoundSettings,

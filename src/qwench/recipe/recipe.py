@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from qwench.errors import RecipeError
 from qwench.recipe.gguf import ExportGguf
 from qwench.recipe.graft import AcceptanceGate, Graft
 from qwench.recipe.prune import Prune
 from qwench.recipe.rules import Strict
-from qwench.recipe.steps import Calibration, Correct, Export, Quantize, Smooth, Step, default_calibration, reads_rows
+from qwench.recipe.steps import (
+    Calibration,
+    Correct,
+    Export,
+    Quantize,
+    Smooth,
+    Step,
+    default_calibration,
+    gathers_by_expert,
+    reads_rows,
+)
 
 
 class Recipe(Strict):
@@ -30,11 +40,6 @@ class Recipe(Strict):
     steps: tuple[Step, ...] = Field(min_length=1)
     calibration: Calibration | None = Field(default_factory=lambda data: default_calibration(data.get("steps", ())))
     acceptance: AcceptanceGate | Literal["off"] = AcceptanceGate()
-
-    @field_validator("acceptance", mode="before")
-    @classmethod
-    def _off(cls, value: object) -> object:
-        return "off" if value is False else value  # YAML reads a bare `off` as false
 
     @model_validator(mode="after")
     def _export_last(self) -> Recipe:
@@ -71,6 +76,11 @@ class Recipe(Strict):
         if self.calibration and not self.calibrated:
             raise ValueError(
                 "calibration is given, and no step reads it: take it out, or name a method other than rtn or a scheme with 4-bit activations"
+            )
+        if self.calibration and self.calibration.experts == "all" and not any(gathers_by_expert(step) for step in self.steps):
+            raise ValueError(
+                "calibration says experts: all, and no step gathers statistics of what experts read: pruning ranks by the tokens that are sent to them; take it out, or name smooth, "
+                "gptq, autoround (from gptq), correct or a scheme with 4-bit activations"
             )
         if self.calibrated and not self.calibration:
             raise ValueError("a step reads calibration rows: leave calibration out for the default, or describe it")

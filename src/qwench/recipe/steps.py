@@ -11,7 +11,8 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 from qwench.recipe.gguf import GGUF_TAG, TENSORS_TAG, ExportGguf, export_tag
 from qwench.recipe.graft import Graft
 from qwench.recipe.prune import Prune
-from qwench.recipe.rules import Rule, Strict
+from qwench.recipe.rules import Layers, Rule, Strict
+from qwench.recipe.written import step_as_meant
 
 
 class GptqSettings(Strict):
@@ -104,7 +105,7 @@ class Smooth(Strict):
     """
 
     folds: tuple[FoldName, ...] = ("norm.post",)
-    layers: str = "all"
+    layers: Layers = "all"
     grid: int = Field(20, ge=2, le=200)
     duo: bool = False
     clip: bool = False
@@ -121,7 +122,7 @@ class Correct(Strict):
 
 
 class Calibration(Strict):
-    """The rows of tokens that calibrated steps read; `qwench.stream.calibration.calibration_rows` takes these fields as they are.
+    """The rows of tokens that calibrated steps read; `qwench.stream.calibration.calibration_rows` takes these fields as they are, but for the last.
 
     Attributes:
         text: `carried`: what the package carries. A .txt, .jsonl, .json or .parquet file, or a folder of them. A data set on the Hugging Face hub:
@@ -136,6 +137,8 @@ class Calibration(Strict):
         thinking: reasoning in conversations: `filled`: as the data has it; `off`: taken out, and the template told so.
         images: records with images are left out (`skip`), or their text is taken without them (`text`); both are
             counted. `use`: rows hold the images too, as the vision tower embeds them; not packed then.
+        experts: which tokens the statistics of an expert are gathered on (moments, smoothing scales, ranges of activations). `routed`: those that the router sends to it. `all`: every
+            token, as some tools do for experts that few tokens reach. What a layer puts out follows the router whichever, and so do the saliency of experts and AutoRound's loss.
     """
 
     text: str = Field("carried", min_length=1)
@@ -148,11 +151,7 @@ class Calibration(Strict):
     revision: str | None = None
     thinking: Literal["filled", "off"] = "filled"
     images: Literal["skip", "text", "use"] = "skip"
-
-    @field_validator("thinking", mode="before")
-    @classmethod
-    def _off(cls, value: object) -> object:
-        return "off" if value is False else value  # YAML reads a bare `off` as false
+    experts: Literal["routed", "all"] = "routed"
 
     @model_validator(mode="before")
     @classmethod
@@ -203,11 +202,13 @@ class Export(Strict):
             )
         return value
 
-    @field_validator("shard_size")
+    @field_validator("shard_size", mode="before")
     @classmethod
-    def _size(cls, value: str) -> str:
-        byte_size(value)
-        return value
+    def _size(cls, value: object) -> object:
+        text = f"{value} B" if isinstance(value, int) and not isinstance(value, bool) else value
+        if isinstance(text, str):
+            byte_size(text)
+        return text
 
     @field_validator("files")
     @classmethod
@@ -239,11 +240,11 @@ class Export(Strict):
 
 
 def byte_size(text: str) -> int:
-    """`5GB`, `500MB`, `2GiB` in bytes. Raises ValueError."""
-    units = {"GiB": 2**30, "MiB": 2**20, "GB": 10**9, "MB": 10**6, "B": 1}
+    """`5GB`, `500MB`, `2GiB` in bytes, in letters of either size. Raises ValueError."""
+    units = {"gib": 2**30, "mib": 2**20, "gb": 10**9, "mb": 10**6, "b": 1}
     for unit, factor in units.items():
-        if text.endswith(unit):
-            number = text.removesuffix(unit).strip()
+        if text.lower().endswith(unit):
+            number = text[: -len(unit)].strip()
             try:
                 size = int(float(number) * factor)
             except ValueError:
@@ -267,6 +268,11 @@ class Step(Strict):
     correct: Correct | None = None
     export: AnyExport | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _written(cls, data: object) -> object:
+        return step_as_meant(cls, data)
+
     @model_validator(mode="after")
     def _one(self) -> Step:
         if sum(getattr(self, name) is not None for name in type(self).model_fields) != 1:
@@ -278,6 +284,15 @@ def reads_rows(step: Step) -> bool:
     """Whether a step reads calibration rows."""
     observed = isinstance(step.export, ExportGguf) and step.export.importance is True
     return bool(step.prune or step.smooth or step.correct or observed or (step.quantize and step.quantize.reads_rows))
+
+
+def gathers_by_expert(step: Step) -> bool:
+    """Whether a step gathers statistics of what each expert reads. Pruning does not: its saliency is of the tokens that are sent to an expert. Neither does an importance matrix."""
+    quantize = step.quantize
+    if quantize is None:
+        return bool(step.smooth or step.correct)
+    tuned_from_gptq = quantize.method == "autoround" and quantize.autoround.start == "gptq"
+    return quantize.method == "gptq" or tuned_from_gptq or any(rounds_inputs(rule) for rule in quantize.rules)
 
 
 def default_calibration(steps: tuple[Step, ...]) -> Calibration | None:

@@ -4,6 +4,9 @@ A second moment takes I x I floats for each input set: 256 experts of a 35B-A3B 
 what it reads, x, and from where the router sends each token. So the rows go through the layer once, x [N, D] goes to a file on the way, and then one expert after the other
 is handed its own tokens: its first moment, and after it was changed that of its down projection, without attention being run again.
 
+Where an expert's statistics are to be gathered on all tokens (`reach: all`), it is handed those that the router sends elsewhere too. Then all experts read the same x, whose moment is
+summed up once; the down projections' moments still come one after the other. Memory stays what it was, time grows with experts over experts a token.
+
 Letters in names: N tokens, D hidden size, I input channels of a set, K experts that a token is sent to.
 """
 
@@ -25,7 +28,7 @@ from torch.nn import functional as F
 from qwench.models.map import Block
 from qwench.stream.hidden import output_errors
 from qwench.stream.live import Batch, LiveBlock
-from qwench.stream.observe import Moment, empty, observe
+from qwench.stream.observe import Moment, Reach, empty, observe
 from qwench.stream.walk import Rows
 
 MOMENT_BYTES = 2**30
@@ -50,7 +53,7 @@ def moments_of(live: LiveBlock, rows: Rows, names: Sequence[str], limit: int = M
         for name in group:
             yield name, moments.pop(name)
     if inside:
-        with mixture_of(live, rows.batches(), rows.scratch) as mixture:
+        with mixture_of(live, rows.batches(), rows.scratch, reach=rows.reach) as mixture:
             for name in inside:
                 yield name, mixture.moment(name)
 
@@ -84,6 +87,8 @@ class Mixture:
         dtype: that x is stored in.
         chosen: experts that each token is sent to, int16 [N, K], in main memory.
         shares: the router's weights for them, float32 [N, K], likewise.
+        reach: which tokens an expert is handed.
+        of_all: the second moment of x over all tokens, where somebody asked for it.
     """
 
     live: LiveBlock
@@ -91,13 +96,17 @@ class Mixture:
     dtype: torch.dtype
     chosen: Tensor
     shares: Tensor
+    reach: Reach = "routed"
+    of_all: Moment | None = None
 
     @property
     def width(self) -> int:
         return self.live.block.inputs["mlp"][0].shape[1]
 
     def tokens_of(self, expert: int) -> Tensor:
-        """Which tokens an expert reads, int64 [n], in order."""
+        """Which tokens an expert is handed, int64 [n], in order."""
+        if self.reach == "all":
+            return torch.arange(len(self.chosen))
         return (self.chosen == expert).any(-1).nonzero().flatten()
 
     def inputs(self, tokens: Tensor) -> Iterator[Tensor]:
@@ -115,10 +124,15 @@ class Mixture:
 
     @torch.no_grad()
     def moment(self, name: str, second: bool = True) -> Moment:
-        """The sums of an input set."""
+        """The sums of an input set; not to be changed, for experts that read the same share them."""
+        of_all = second and (name == "mlp" or (self.reach == "all" and name.removeprefix("experts.").isdigit()))
+        if of_all and self.of_all is not None:
+            return self.of_all
         moment = empty(self.live.block, name, second, self.live.device)
         for inputs in self.read_by(name):
             moment.add(inputs)
+        if of_all:
+            self.of_all = moment
         return moment
 
     def _inner(self, x: Tensor, expert: int | None) -> Tensor:
@@ -147,7 +161,11 @@ class Mixture:
 
 @contextmanager
 def mixture_of(
-    live: LiveBlock, batches: Iterable[Batch | Tensor], folder: Path, dtype: torch.dtype = torch.bfloat16
+    live: LiveBlock,
+    batches: Iterable[Batch | Tensor],
+    folder: Path,
+    dtype: torch.dtype = torch.bfloat16,
+    reach: Reach = "routed",
 ) -> Iterator[Mixture]:
     """Take rows through a layer once and keep what its mixture of experts reads, for as long as it lasts.
 
@@ -155,6 +173,7 @@ def mixture_of(
         batches: hidden states before the layer, [B, T, D] each.
         folder: where the file lies, which has no name and is gone whatever happens.
         dtype: that x is stored in; bfloat16 as the model itself would pass it on.
+        reach: which tokens each expert is to be handed.
 
     Raises:
         OutputError: the disk is full.
@@ -180,4 +199,4 @@ def mixture_of(
                 live.run(batch)
         finally:
             handle.remove()
-        yield Mixture(live, file.fileno(), dtype, torch.cat(chosen), torch.cat(shares))
+        yield Mixture(live, file.fileno(), dtype, torch.cat(chosen), torch.cat(shares), reach)

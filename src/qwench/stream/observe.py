@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -49,6 +50,9 @@ class Moment:
 Take = Callable[[Tensor], None]
 Hook = Callable[..., None]
 
+Reach = Literal["routed", "all"]
+"""Which tokens the statistics of an expert are gathered on: those that the router sends to it, or all. What the layer puts out follows the router whichever."""
+
 
 @torch.no_grad()
 def observe(
@@ -80,11 +84,12 @@ class Enough(Exception):
 
 
 @contextmanager
-def taking_inputs(live: LiveBlock, takers: dict[str, Take], enough: bool = False) -> Iterator[None]:
+def taking_inputs(live: LiveBlock, takers: dict[str, Take], enough: bool = False, reach: Reach = "routed") -> Iterator[None]:
     """While it lasts, whatever an input set reads is also given to its taker, [N, I].
 
     Args:
         enough: stop each pass where the last taker has been given its part, with `Enough`.
+        reach: which tokens the sets of experts are shown.
     """
     experts: dict[str, Take] = {}
     hooks = len({live.block.inputs[name][0].expert is not None or name for name in takers})
@@ -99,7 +104,7 @@ def taking_inputs(live: LiveBlock, takers: dict[str, Take], enough: bool = False
             stack.callback(handle.remove)
         if experts:
             slot = next(s for s in live.block.slots if s.expert is not None)
-            handle = live.submodule(slot).register_forward_pre_hook(counted(_routed(live, experts)))
+            handle = live.submodule(slot).register_forward_pre_hook(counted(_of_experts(live, experts, reach)))
             stack.callback(handle.remove)
         yield
 
@@ -132,14 +137,14 @@ def _flat(take: Take) -> Callable[..., None]:
     return hook
 
 
-def _routed(live: LiveBlock, takers: dict[str, Take]) -> Callable[..., None]:
-    """Each expert reads the tokens that the router sends to it; its down projection reads what gate and up make of them."""
+def _of_experts(live: LiveBlock, takers: dict[str, Take], reach: Reach) -> Callable[..., None]:
+    """Each expert reads the tokens that the router sends to it, or all; its down projection reads what gate and up make of them."""
     wanted = {int(name.split(".")[1]) for name in takers}
 
     def hook(_module: object, inputs: tuple[Tensor, ...]) -> None:
         hidden, chosen = inputs[0].detach(), inputs[1]
         for expert in wanted:
-            tokens = hidden[(chosen == expert).any(-1)]
+            tokens = hidden if reach == "all" else hidden[(chosen == expert).any(-1)]
             if take := takers.get(f"experts.{expert}"):
                 take(tokens)
             if take := takers.get(f"experts.{expert}.down"):

@@ -34,7 +34,7 @@ from qwench.stream.hidden import Hidden, HiddenFiles, Lost, States
 from qwench.stream.images import Pictures
 from qwench.stream.live import Batch, LiveBlock
 from qwench.stream.middle import Middle
-from qwench.stream.observe import Take, taking_inputs
+from qwench.stream.observe import Reach, Take, taking_inputs
 from qwench.stream.row_inputs import RowInputs
 
 MOST_LOST_ROWS = 0.1
@@ -86,6 +86,7 @@ class Rows:
         sound: rows whose hidden states are finite.
         scratch: a folder for what a change cannot hold in memory; what it leaves there goes with the walk.
         positions: where tokens of some rows stand, int64 [3, rows, length]; None: 0, 1, 2 ... as in text.
+        reach: which tokens the statistics of an expert are to be gathered on.
     """
 
     changed: States
@@ -95,6 +96,7 @@ class Rows:
     sound: Tensor
     scratch: Path
     positions: Callable[[Tensor], Tensor | None] = lambda rows: None
+    reach: Reach = "routed"
 
     def batches(self) -> Iterator[Batch]:
         """Sound rows of the stream that goes onward."""
@@ -118,6 +120,7 @@ class Walk:
         onward: which outputs the next layer sees.
         batch: rows that go through a layer at once.
         place: where layers run, and in which numbers.
+        reach: which tokens changes gather the statistics of an expert on.
         lost: rows that turned non-finite: (layer that made them so, row); the MTP head counts as the layer behind the last.
     """
 
@@ -127,6 +130,7 @@ class Walk:
     onward: Literal["changed", "original"] = "changed"
     batch: int = 4
     place: Place = CPU
+    reach: Reach = "routed"
     lost: Lost = field(default_factory=list)
 
     @property
@@ -277,7 +281,7 @@ class _Loop:
         original = self._states("original", index) if both else None
         return Rows(
             self._states(streams[0], index), original, targets, self.settings.batch, self.sound.clone(), self.files.folder,
-            lambda rows: self._positions(index, rows),
+            lambda rows: self._positions(index, rows), self.settings.reach,
         )  # fmt: skip
 
     def _positions(self, index: int, rows: Tensor) -> Tensor | None:
