@@ -1,6 +1,6 @@
 """The record of a release: `result.json` in its folder. Cards, tables and plots are made from it and from nothing else.
 
-Sizes are bytes, times are seconds. A number is in here only if it was measured on this very release.
+What each field means stands under the field, what its numbers count beside it; docs/result.md and docs/result.schema.json are made from these texts.
 """
 
 from __future__ import annotations
@@ -8,12 +8,22 @@ from __future__ import annotations
 from qwench.result.changed import Distance, GraftFacts, PrunedLayer, PruningFacts
 from qwench.result.loaded import LoadFinding, LoadProof, Verification
 from qwench.result.made import CalibrationFacts, PrecisionRow, RunFacts, SourceFacts, TensorError
-from qwench.result.measured import Acceptance, AcceptanceCheck, Divergence, Evaluation, Speculation, TaskScore
+from qwench.result.measured import (
+    Acceptance,
+    AcceptanceCheck,
+    Divergence,
+    Evaluation,
+    Figures,
+    LayerDivergence,
+    Speculation,
+    TaskScore,
+)
 from qwench.result.record import Estimate, Record
-from qwench.result.release import FILE_NAME, FileFact, Result, read_result, revise_result, write_result
+from qwench.result.release import FILE_NAME, FORMAT, FileFact, Result, check_format, read_result, revise_result, write_result
 
 __all__ = [
     "FILE_NAME",
+    "FORMAT",
     "Acceptance",
     "AcceptanceCheck",
     "CalibrationFacts",
@@ -21,8 +31,10 @@ __all__ = [
     "Divergence",
     "Estimate",
     "Evaluation",
+    "Figures",
     "FileFact",
     "GraftFacts",
+    "LayerDivergence",
     "LoadFinding",
     "LoadProof",
     "PrecisionRow",
@@ -36,6 +48,7 @@ __all__ = [
     "TaskScore",
     "TensorError",
     "Verification",
+    "check_format",
     "read_result",
     "revise_result",
     "write_result",

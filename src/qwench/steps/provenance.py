@@ -17,6 +17,7 @@ A local source is named by its folder alone: where it lay is nobody else's busin
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import re
@@ -25,7 +26,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -37,9 +38,12 @@ from qwench.checkpoint.sidecars import SIDECARS
 from qwench.errors import CheckpointError
 from qwench.recipe import Recipe, recipe_data
 from qwench.result import FILE_NAME as RECORD
-from qwench.result import Record, Result
+from qwench.result import Record, Result, check_format
+from qwench.result.record import NO_UNIT, Bytes, Seconds, Tensors, unit
 
 FILE_NAME = "provenance.json"
+FORMAT = 1
+"""Of the file; see `qwench.result.release.FORMAT`."""
 CHANGING = {FILE_NAME, RECORD, RECORD + ".new", "README.md", "report.html"}
 """Files of a release that are not what a run alone made of its source."""
 CHANGING_FOLDERS = {"card"}
@@ -53,67 +57,83 @@ How = Literal["whole", "hub", "sampled"]
 
 
 class FileHash(Record):
-    """A file and the SHA-256 that says which one it was; `how` is what the hash covers (see above)."""
+    """A file and the SHA-256 that says which one it was."""
 
     name: str
-    bytes: int
+    """Its path in its folder."""
+    bytes: Bytes
+    """Its size."""
     sha256: str
+    """In hexadecimal digits."""
     how: How = "whole"
+    """What the hash covers: `whole`, all bytes; `hub`, the hub's own SHA-256 of all bytes; `sampled`, header and both ends of each tensor."""
 
 
 class SourceProof(Record):
-    """A checkpoint that was read: what it is called, its commit where it came from the hub, and its files."""
+    """A checkpoint that was read."""
 
     name: str
+    """Hub id, or the folder's name alone."""
     revision: str | None = None
+    """Its commit, where it came from the hub."""
     files: list[FileHash]
+    """What was read of it."""
 
 
 class Machine(Record):
-    """What ran it: `platform` as Python says it, the processor's name, its cores that we could use, bytes of memory."""
+    """What ran it, without its name."""
 
     platform: str
+    """As Python says it."""
     processor: str
-    cores: int
-    memory: int
+    """Its name."""
+    cores: Annotated[int, unit("cores")]
+    """That we could use."""
+    memory: Bytes
+    """Of the machine."""
 
 
 class Provenance(Record):
-    """How a release was made.
+    """How a release was made: `provenance.json`, from which `qwench reproduce` makes it again."""
 
-    Attributes:
-        format: of this file.
-        recipe: with all defaults.
-        accept_any: whether the run was told to finish whatever its MTP head is worth.
-        calibration_text, calibration_sha256, rows_sha256: what was read, and SHA-256 of its token ids; None without calibration.
-        versions: of Python, of this package and of those that compute.
-        seeds: every seed in the recipe, by its place there.
-        threads: of torch, which decide the order of its sums; bits are only promised with the same number.
-        device, compute: where layers ran, and in which numbers.
-        started, finished: UTC.
-        seconds: of the run that finished; an earlier one that was stopped is not in it, `resumed_tensors` says how much it had written.
-        files: what the run wrote.
-    """
-
-    format: int = 1
+    format: Annotated[int, unit(NO_UNIT)] = FORMAT
+    """Of this file; newer ones are refused."""
     recipe: dict[str, Any]
+    """With all defaults."""
     accept_any: bool = False
+    """Whether the run was told to finish whatever its MTP head is worth."""
     source: SourceProof
+    """What the release was made from."""
     donor: SourceProof | None = None
+    """What was grafted from; null where nothing was."""
     calibration_text: str | None = None
+    """The name of the calibration text; null without calibration."""
     calibration_sha256: str | None = None
+    """SHA-256 of its file."""
     rows_sha256: str | None = None
+    """SHA-256 of the calibration rows' token ids."""
     versions: dict[str, str]
-    seeds: dict[str, int] = Field(default_factory=dict)
-    threads: int
+    """Of Python, of this package and of those that compute."""
+    seeds: Annotated[dict[str, int], unit(NO_UNIT)] = Field(default_factory=dict)
+    """Every seed in the recipe, by its place there."""
+    threads: Annotated[int, unit("threads")]
+    """Of torch, which decide the order of its sums; bits are only promised with the same number."""
     device: str = "cpu"
+    """Where layers ran."""
     compute: str = "float32"
+    """In which numbers."""
     machine: Machine
+    """What ran it."""
     started: str
+    """When the command was given, UTC, ISO 8601."""
     finished: str
-    seconds: float
-    resumed_tensors: int = 0
+    """When this file was written, UTC, ISO 8601."""
+    seconds: Seconds
+    """Of the run that finished; an earlier one that was stopped is not in it, `resumed_tensors` says how much it had written."""
+    resumed_tensors: Tensors = 0
+    """That an earlier, unfinished run had written."""
     files: list[FileHash]
+    """Every file that the run wrote, but those that change afterwards: the record, the card, this file."""
 
 
 @dataclass(frozen=True)
@@ -160,10 +180,12 @@ def seal(folder: Path, origin: Origin, result: Result) -> dict[str, bytes]:
 
 
 def read_provenance(folder: Path) -> Provenance:
-    """The provenance of a release. Raises CheckpointError where there is none, or it is not ours."""
+    """The provenance of a release. Raises CheckpointError where there is none, or it is newer than we are, or not ours."""
     path = folder / FILE_NAME
     try:
-        return Provenance.model_validate_json(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"))
+        check_format(path, data, FORMAT)
+        return Provenance.model_validate(data)
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(
             f"{folder} holds no {FILE_NAME}", "give the folder of a release that this version of `qwench run` made"
