@@ -82,6 +82,7 @@ class Run:
 
 def run(entrant: Entrant, model: Model, told: Calibration, folder: Path, timeout: float) -> Run:
     """Run an entrant into `folder/release`, or take over what an earlier call with the same job has left there."""
+    folder = folder.absolute()
     try:
         job = _job(entrant, model, told, folder)
         python = _python(entrant.who)
@@ -95,7 +96,7 @@ def run(entrant: Entrant, model: Model, told: Calibration, folder: Path, timeout
         return Run(**json.loads(kept.read_text(encoding="utf-8")))
     assert not (folder / "release").exists(), f"{folder} holds another job's release: give another --work folder, or delete it"
     (folder / "job.json").write_text(json.dumps(job, indent=1) + "\n", encoding="utf-8")
-    command = [str(python), str(WORKERS / f"{entrant.who.replace('-', '_')}_worker.py"), str(folder)]
+    command = [str(python.absolute()), str(WORKERS.absolute() / f"{entrant.who.replace('-', '_')}_worker.py"), str(folder)]
     found = _measured(command, _environment(entrant.who), folder, timeout)
     kept.write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
     return found
@@ -115,7 +116,7 @@ def _job(entrant: Entrant, model: Model, told: Calibration, folder: Path) -> dic
         compute = {"compute": entrant.settings["compute"]} if "compute" in entrant.settings else {}
         settings = {"recipe": str(path), "content": made, **compute}
     return {
-        "model": str(checkpoint(model)), "out": str(folder / "release"), "rows": str(told.file), "method": entrant.method, "settings": settings,
+        "model": str(checkpoint(model)), "out": str(folder / "release"), "rows": str(told.file.absolute()), "method": entrant.method, "settings": settings,
     }  # fmt: skip
 
 
@@ -133,8 +134,9 @@ def _measured(command: list[str], environment: dict[str, str], folder: Path, tim
     log, began = folder / "log.txt", time.monotonic()
     with log.open("wb") as said:
         process = subprocess.Popen(
-            command, stdout=said, stderr=said, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
-        )
+            command, stdout=said, stderr=said, stdin=subprocess.DEVNULL, env=environment, start_new_session=True,
+            cwd=folder,  # some tools leave logs where they are started
+        )  # fmt: skip
         late = _wait(process, began + timeout)
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)

@@ -34,6 +34,25 @@ assert os.environ["HF_HUB_OFFLINE"] == "1" and os.environ["EXTRA"] == "on" and o
     assert answer.version == "7" and answer.generated == [5, 9, 2, 6] and answer.logprobs == []  # type: ignore[attr-defined]
 
 
+def test_nothing_is_left_where_the_user_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that writes logs beside itself, as GPTQModel does: into a folder that goes with it. Paths that the user gave from where he stands still hold."""
+    here, script = (
+        tmp_path / "here",
+        """
+os.mkdir("logs")
+Path("logs/gptq_log_1.log").write_text("built")
+asked = json.loads((folder / "request.json").read_text())
+(folder / "answer.json").write_text(json.dumps({"version": "7", "notes": [os.getcwd(), asked["folder"], asked["adapter"]]}))
+""",
+    )
+    (here / "m").mkdir(parents=True)
+    monkeypatch.chdir(here)
+    answer = ask(script, tmp_path, monkeypatch, Request(folder=Path("m"), rows=[[1, 2]], adapter=Path("a")))
+    stood, folder, adapter = answer.notes  # type: ignore[attr-defined]
+    assert (folder, adapter) == (str(here / "m"), str(here / "a"))
+    assert [path.name for path in here.iterdir()] == ["m"] and not Path(stood).exists()
+
+
 @pytest.mark.parametrize(
     ("script", "said"),
     [

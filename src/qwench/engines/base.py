@@ -53,7 +53,11 @@ class Request:
     timeout: float = 1800.0
 
     def to_json(self) -> str:
-        paths = {"folder": str(self.folder), "adapter": None if self.adapter is None else str(self.adapter)}
+        """For the worker, which runs in another folder: paths from the root."""
+        paths = {
+            "folder": str(self.folder.absolute()),
+            "adapter": None if self.adapter is None else str(self.adapter.absolute()),
+        }
         return json.dumps(asdict(self) | paths)
 
 
