@@ -16,7 +16,9 @@ Anything else that escapes is our fault (exit code 1). `assert` is for what only
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 
 class QwenchError(Exception):
@@ -76,3 +78,18 @@ class VerificationError(UserError):
 
 class Interrupted(QwenchError):
     """The user stopped the run."""
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """` (did you mean 'X'?)` with the nearest of the known names, whatever the case of its letters; nothing where none is near."""
+    by_fold = {name.casefold(): name for name in known}
+    near = difflib.get_close_matches(word.casefold(), by_fold, n=1)
+    return f" (did you mean {by_fold[near[0]]!r}?)" if near else ""
+
+
+def suggestion_beside(path: Path) -> str:
+    """The same for a file or folder that is not there: the nearest name in the folder where it should be."""
+    try:
+        return suggestion(path.name, [other.name for other in path.expanduser().parent.iterdir()])
+    except OSError:
+        return ""

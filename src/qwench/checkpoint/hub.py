@@ -20,7 +20,7 @@ from typing import Any
 
 from qwench.checkpoint.folder import CONFIG_NAME, INDEX_NAME, Wanted, read_index
 from qwench.checkpoint.sidecars import SIDECARS
-from qwench.errors import CheckpointError
+from qwench.errors import CheckpointError, suggestion, suggestion_beside
 
 ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 DEMO = "demo:"
@@ -60,7 +60,7 @@ def locate(model: str, *, weights: bool = True, wanted: Wanted | None = None) ->
         return _carried(model)
     match = ID.fullmatch(model)
     if not match:
-        what = f"{model!r} is neither a folder nor a hub id"
+        what = f"{model!r} is neither a folder nor a hub id{suggestion_beside(folder)}"
         raise CheckpointError(what, "give a folder that exists, or org/name, or org/name@revision")
     repo, revision = match["repo"], match["revision"]
     path = _fetch(repo, revision, [CONFIG_NAME, INDEX_NAME, *SIDECARS])
@@ -78,7 +78,10 @@ def _carried(model: str) -> Located:
     home = Path(str(resources.files("qwench"))) / "demo"
     names = sorted(path.parent.name for path in home.glob(f"*/{CONFIG_NAME}"))
     if model.removeprefix(DEMO) not in names:
-        raise CheckpointError(f"there is no {model}", f"the package carries {', '.join(DEMO + name for name in names)}")
+        raise CheckpointError(
+            f"there is no {model}{suggestion(model.removeprefix(DEMO), names)}",
+            f"the package carries {', '.join(DEMO + name for name in names)}",
+        )
     return Located(home / model.removeprefix(DEMO), model)
 
 

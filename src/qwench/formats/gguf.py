@@ -9,13 +9,12 @@ The files that a release may have: the model (its MTP head included), the model 
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from qwench.checkpoint.source import TensorSource
-from qwench.errors import PlanError
+from qwench.errors import PlanError, suggestion
 from qwench.formats.gguf_fields import Field, architecture, text_fields, vision_fields
 from qwench.formats.gguf_tensors import Content, GgufTensor, gguf_tensors
 from qwench.formats.gguf_tokenizer import tokenizer_fields
@@ -151,20 +150,15 @@ def fields_of(plan: GgufPlan, source: TensorSource) -> list[Field]:
 
 def _unknown(file_type: str, content: Content, overrides: Sequence[Override]) -> Iterator[tuple[str, str]]:
     if file_type not in FILE_TYPES:
-        yield f"{file_type!r} is no GGUF file type{_near(file_type, FILE_TYPES)}", f"use one of {', '.join(FILE_TYPES)}"
+        yield f"{file_type!r} is no GGUF file type{suggestion(file_type, FILE_TYPES)}", f"use one of {', '.join(FILE_TYPES)}"
     elif content == "vision" and file_type not in VISION_TYPES:
         yield f"mmproj cannot be {file_type}: llama.cpp's tower has no such types", f"use one of {', '.join(VISION_TYPES)}"
     for override in overrides:
         if override.type not in TYPES:
             yield (
-                f"{override.type!r}, meant for {override.roles}, is no type of a GGUF tensor{_near(override.type, TYPES)}",
+                f"{override.type!r}, meant for {override.roles}, is no type of a GGUF tensor{suggestion(override.type, TYPES)}",
                 f"use one of {', '.join(TYPES)}",
             )
-
-
-def _near(word: str, known: Sequence[str] | dict[str, tuple[int, str]]) -> str:
-    near = difflib.get_close_matches(word.upper(), list(known), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def _without_effect(tensors: Sequence[GgufTensor], overrides: Sequence[Override]) -> Iterator[tuple[str, str]]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from qwench.checkpoint.source import StoredSource, TensorEntry
-from qwench.errors import EngineError
+from qwench.errors import EngineError, suggestion
 from qwench.loading import sglang, transformers, vllm
 from qwench.loading.agreement import Read, disagreements
 from qwench.loading.findings import LEVELS, Finding, Proof, findings_of
@@ -91,8 +90,7 @@ def prove(source: StoredSource, name: str, values: bool = True) -> Proof:
 def table_of(name: str) -> Table:
     """A table by its name. Raises EngineError."""
     if name not in TABLES:
-        near = difflib.get_close_matches(name, TABLES, n=1)
-        what = f"there are no rules of {name!r} for an offline proof{f' (did you mean {near[0]!r}?)' if near else ''}"
+        what = f"there are no rules of {name!r} for an offline proof{suggestion(name, TABLES)}"
         raise EngineError(what, f"use one of {', '.join(TABLES)}")
     return TABLES[name]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from qwench.errors import UserError
+from qwench.errors import UserError, suggestion
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """What can be computed in; float16 overflows in Gated DeltaNet."""
@@ -54,7 +54,7 @@ def place_of(device: str = "auto", compute: str | None = None) -> Place:
         UserError: there is no such device, or no such dtype.
     """
     if compute is not None and compute not in DTYPES:
-        raise UserError(f"cannot compute in {compute!r}", f"give one of {', '.join(DTYPES)}")
+        raise UserError(f"cannot compute in {compute!r}{suggestion(compute, DTYPES)}", f"give one of {', '.join(DTYPES)}")
     chosen = _device("cuda" if device == "auto" and torch.cuda.is_available() else device)
     own = "bfloat16" if chosen.type == "cuda" else "float32"
     return Place(chosen, DTYPES[compute or own])
@@ -65,7 +65,9 @@ def _device(name: str) -> torch.device:
         return torch.device("cpu")
     kind, _, number = name.partition(":")
     if kind != "cuda" or (number and not number.isdecimal()):
-        raise UserError(f"there is no device {name!r}", "give auto, cpu, cuda or cuda:NUMBER")
+        raise UserError(
+            f"there is no device {name!r}{suggestion(kind, ('auto', 'cpu', 'cuda'))}", "give auto, cpu, cuda or cuda:NUMBER"
+        )
     if not torch.cuda.is_available():
         why = "this build of PyTorch has no CUDA" if torch.version.cuda is None else "PyTorch finds no GPU that it can use"
         raise UserError(f"{name}: {why}", "install PyTorch for your CUDA version (pytorch.org), or give --device cpu")

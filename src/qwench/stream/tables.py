@@ -8,14 +8,13 @@ Wikitext is stored line by line: as records it would be 20-token scraps. Its art
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qwench.errors import TextError
+from qwench.errors import TextError, suggestion
 from qwench.stream.chat import IMAGE_PARTS, MEDIA_PARTS, holds_media, looks_like_chat, without_images
 from qwench.stream.images import image_of
 from qwench.stream.rows import Document
@@ -72,10 +71,9 @@ def _named(record: Record, title: str, column: str) -> str:
 
 
 def _no_column(place: str, column: str, record: Record) -> TextError:
-    near = difflib.get_close_matches(column, list(record), n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
     return TextError(
-        f"{place} has no column {column!r}{hint}; it has {_list(record)}", "name one of these as calibration.column"
+        f"{place} has no column {column!r}{suggestion(column, map(str, record))}; it has {_list(record)}",
+        "name one of these as calibration.column",
     )
 
 

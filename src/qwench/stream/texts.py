@@ -17,13 +17,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwench.errors import TextError
+from qwench.errors import TextError, suggestion, suggestion_beside
 from qwench.stream import datasets_hub
 from qwench.stream.rows import CALIBRATION, Document, carried_text, file_sha256
 from qwench.stream.tables import Placed, articles, documents_of
 
 BLOCK = 1 << 20
 """Characters of a long text that are read at once."""
+SETS = ("carried", *datasets_hub.SHORT)
+"""Texts that have a name of their own."""
 FILES = (".txt", ".jsonl", ".json", ".parquet")
 
 
@@ -67,7 +69,14 @@ def find_text(text: str, column: str | None, split: str, revision: str | None) -
             raise TextError(f"{path} is on this machine and has no revision {revision!r}", "take the revision out")
         return local
     if path.suffix in FILES or text.startswith((".", "/", "~")):
-        raise TextError(f"there is no text {path}", f"give a {', '.join(FILES)} file, a folder, or a data set's org/name")
+        raise TextError(
+            f"there is no text {path}{suggestion_beside(path)}",
+            f"give a {', '.join(FILES)} file, a folder, or a data set's org/name",
+        )
+    if text not in SETS and "/" not in text and (near := suggestion(text, SETS)):
+        raise TextError(
+            f"there is no text {text!r}{near}", f"give {', '.join(SETS)}, a file, a folder, or a data set's org/name"
+        )
     table = datasets_hub.hub_table(text, split, revision)
     return Text(table.name, _of_table(table, column), revision=table.revision)
 

@@ -19,7 +19,6 @@ compared where that means something and never excused by a tolerance.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ from torch import Tensor
 from qwench.checkpoint.reader import Checkpoint
 from qwench.checkpoint.source import TensorSource
 from qwench.engines import ENGINES, Answer, Request
-from qwench.errors import EngineError
+from qwench.errors import EngineError, suggestion
 from qwench.formats.adapter import Adapter, Corrected
 from qwench.formats.release import Release, open_source
 from qwench.models import map_of
@@ -89,9 +88,8 @@ def verify(
         CheckpointError: we cannot read the folder ourselves, or the adapter is for another release.
     """
     if engine not in ENGINES:
-        near = difflib.get_close_matches(engine, ENGINES, n=1)
         raise EngineError(
-            f"there is no engine {engine!r}{f' (did you mean {near[0]!r}?)' if near else ''}",
+            f"there is no engine {engine!r}{suggestion(engine, ENGINES)}",
             f"use one of {', '.join(ENGINES)}",
         )
     checkpoint = Checkpoint.open(folder)

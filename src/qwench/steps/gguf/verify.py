@@ -15,7 +15,6 @@ The tower's own numbers are not compared: nothing of ours runs a tower.
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +23,7 @@ import torch
 
 from qwench.checkpoint.folder import read_config
 from qwench.engines import ENGINES, Answer, Request
-from qwench.errors import EngineError
+from qwench.errors import EngineError, suggestion, suggestion_beside
 from qwench.evaluation.rounds import Counters, expected_counters
 from qwench.formats.gguf_source import GgufSource
 from qwench.formats.gguf_types import UNQUANTIZED
@@ -89,7 +88,9 @@ def files_to_verify(release: Path, only: str | None = None) -> list[Path]:
     """The language models of a release. Raises EngineError where there are none, or none of that name."""
     if release.suffix == ".gguf":
         if not release.is_file():
-            raise EngineError(f"there is no file {release}", "give a GGUF file, or the folder of a release")
+            raise EngineError(
+                f"there is no file {release}{suggestion_beside(release)}", "give a GGUF file, or the folder of a release"
+            )
         return [release]
     every = sorted(release.glob("*.gguf"))
     models = [p for p in every if not p.name.startswith(("mmproj", "mtp-")) and p.name != IMPORTANCE]
@@ -102,9 +103,8 @@ def files_to_verify(release: Path, only: str | None = None) -> list[Path]:
         return models
     if chosen := [p for p in models if p.name == only]:
         return chosen
-    near = difflib.get_close_matches(only, [p.name for p in models], n=1)
     raise EngineError(
-        f"{release} holds no language model {only!r}{f' (did you mean {near[0]!r}?)' if near else ''}",
+        f"{release} holds no language model {only!r}{suggestion(only, [p.name for p in models])}",
         f"use one of {', '.join(p.name for p in models)}; mmproj and mtp- files are verified together with these",
     )
 

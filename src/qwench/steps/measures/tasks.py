@@ -28,7 +28,7 @@ import torch
 import yaml
 
 from qwench.engines import llama_cpp
-from qwench.errors import EngineError, TextError, UserError
+from qwench.errors import EngineError, TextError, UserError, suggestion
 from qwench.models.place import gpu_memory
 from qwench.result import FILE_NAME, Estimate, Result, TaskScore, read_result, revise_result
 from qwench.steps.cards.engines import known_trouble
@@ -107,7 +107,10 @@ def check(asked: Asked) -> None:
     if util.find_spec("lm_eval") is None or (asked.engine == "vllm" and util.find_spec("tenacity") is None):
         raise UserError("lm-eval with its clients of servers (lm-eval[api]) is not installed", 'pip install "qwench[tasks]"')
     if asked.engine not in ENGINES:
-        raise EngineError(f"no tasks can be run with {asked.engine!r}", f"give --engine {', '.join(ENGINES)}")
+        raise EngineError(
+            f"no tasks can be run with {asked.engine!r}{suggestion(asked.engine, ENGINES)}",
+            f"give --engine {', '.join(ENGINES)}",
+        )
     if not asked.tasks:
         raise TextError("no task is named", "give --tasks NAME,NAME or a YAML file")
 
@@ -156,7 +159,8 @@ def run_tasks(place: Path, tasks: Sequence[str | dict[str, Any]], asked: Asked) 
     manager = TaskManager(include_defaults=bool(named))
     if unknown := [name for name in named if not manager.match_tasks([name])]:
         raise TextError(
-            f"lm-eval knows no task {', '.join(unknown)}", "`lm-eval ls tasks` lists them; a task of your own is a YAML file"
+            f"lm-eval knows no task {', '.join(name + suggestion(name, manager.all_tasks) for name in unknown)}",
+            "`lm-eval ls tasks` lists them; a task of your own is a YAML file",
         )
     with language_model(place, asked.engine) as model:
         try:

@@ -77,10 +77,20 @@ def _matches(glob: str, rule: Rule, slot: Slot) -> bool:
 def _rule_complaints(glob: str, slots: list[Slot], map: ModelMap, number: int) -> Iterator[Complaint]:
     known = [*ROLES, *(s.role for s in map.others if s.role.startswith("vision."))]
     if not fnmatch.filter(known, glob):
-        yield f"rule {number}: no role is named {glob!r}{suggestion(glob, list(ROLES))}", "see the roles in docs/recipes.md"
+        meant = _role_of(glob, map)
+        near = f" (did you mean {meant!r}?)" if meant else suggestion(glob, known)
+        yield f"rule {number}: no role is named {glob!r}{near}", "see the roles in docs/recipes.md"
     elif "*" not in glob and slots and (glob.removeprefix("mtp.") in NEVER or not slots[0].linear):
         why = NEVER.get(glob.removeprefix("mtp."), "it is not the matrix of a linear layer")
         yield f"rule {number}: {glob} is never quantized: {why}", f"take {glob} out of the rule"
+
+
+def _role_of(glob: str, map: ModelMap) -> str | None:
+    """The role of the weights that a person names by their module: `q_proj`, `model.layers.*.mlp.gate_proj`."""
+    last = glob.rpartition(".")[2].strip("*")
+    mine = glob.startswith("mtp.")
+    found = (s.role for s in map.slots() if last and s.module.rpartition(".")[2] == last and s.role.startswith("mtp.") == mine)
+    return next(found, None)
 
 
 def split_sets(block: Block, schemes: dict[str, Scheme]) -> Iterator[Complaint]:

@@ -19,7 +19,7 @@ from qwench.checkpoint.folder import read_config
 from qwench.checkpoint.reader import Checkpoint
 from qwench.engines.environments import home
 from qwench.engines.llama_cpp import PACKAGE
-from qwench.errors import CheckpointError, EngineError
+from qwench.errors import CheckpointError, EngineError, suggestion
 from qwench.formats.adapter import CONFIG_NAME as ADAPTER_CONFIG
 from qwench.formats.adapter import FOLDER as ADAPTER_FOLDER
 from qwench.formats.gguf_source import GgufSource
@@ -79,7 +79,9 @@ def serving(
     made_of_gguf = is_gguf(release)
     engine = engine or ("llama.cpp" if made_of_gguf else "vllm")
     if engine not in ENGINES:
-        raise EngineError(f"no engine {engine!r} can be served", f"give --engine {', '.join(ENGINES)}")
+        raise EngineError(
+            f"no engine {engine!r} can be served{suggestion(engine, ENGINES)}", f"give --engine {', '.join(ENGINES)}"
+        )
     if made_of_gguf != (engine == "llama.cpp"):
         what = f"{engine} does not read {'GGUF files' if made_of_gguf else 'folders of safetensors files'}"
         raise EngineError(what, f"give --engine {'llama.cpp' if made_of_gguf else 'vllm or sglang'}")
