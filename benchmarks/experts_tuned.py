@@ -32,8 +32,8 @@ from qwench.models.place import Place, place_of
 from qwench.models.pruned import Pruned
 from qwench.recipe import Recipe, parse_recipe
 from qwench.steps.calibrate import changes_of, walks_head
-from qwench.steps.plan import make_plan
-from qwench.steps.prepare import prepared
+from qwench.steps.materials.prepare import prepared
+from qwench.steps.planning.plan import make_plan
 from qwench.stream.calibration import calibration_rows
 from qwench.stream.hidden import HiddenFiles
 from qwench.stream.rows import held_out_rows

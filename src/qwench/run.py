@@ -30,6 +30,7 @@ from qwench.steps.heads.watch import watch_head
 from qwench.steps.materials.material import Material, material_for_plan, open_material
 from qwench.steps.planning.jobs import Job
 from qwench.steps.planning.plan import Plan, make_plan
+from qwench.steps.planning.readers import reader_notes
 from qwench.steps.provenance import Origin, seal
 from qwench.steps.quantize import do_jobs, errors_of
 from qwench.steps.record import calibration_facts, first_record, place_facts, pruning_facts
@@ -48,7 +49,8 @@ def plan_for(recipe: Recipe, model: str, donor: str | None = None) -> Plan | Ggu
         made = make_gguf_plan(recipe, source, map_of(source), _name_of(model))
     else:
         made = make_plan(recipe, source, map_of(source))
-    return replace(made, notes=(*source.notes, *made.notes))
+    readers = reader_notes(made) if isinstance(made, Plan) else []
+    return replace(made, notes=(*source.notes, *made.notes, *readers))
 
 
 def _name_of(model: str) -> str:

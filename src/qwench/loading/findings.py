@@ -73,6 +73,7 @@ class Proof:
 
 HEAD = "MTP"
 DOCTOR = "`qwench doctor --fix` does"
+ALL_EXPERTS = "no config mends it: this engine quantizes all experts of a GPTQ file. Quantize those that are kept too, use auto-round or compressed-tensors there, or do not draft where it is the head's"
 
 
 def findings_of(loads: Sequence[Load], rules: Iterable[Rule]) -> list[Finding]:
@@ -95,7 +96,8 @@ def _refusals(load: Load, cited: Mapping[str, str]) -> Iterator[Finding]:
         names = tuple(refusal.where for refusal in group)
         more = f" (and {len(group) - 1} more alike)" if len(group) > 1 else ""
         what = f"{load.model} stops: {group[0].where}: {group[0].why}{more}"
-        yield Finding("refuses", load.model, what, mend_of(group[0].why), names, cited.get(rule, ""))
+        mend = ALL_EXPERTS if rule == "gptq-experts" else mend_of(group[0].why)
+        yield Finding("refuses", load.model, what, mend, names, cited.get(rule, ""))
 
 
 def _anonymous(text: str) -> str:
@@ -193,7 +195,7 @@ def _gap_mend(gap: _Gap) -> str:
     if gap.rule == "head-members":
         return f"put `re:^mtp.*` into `ignore` beside the names (this version knows the head's joined modules by their joined names only); {DOCTOR}"
     if gap.rule == "gptq-experts":
-        return "no config mends it: this engine quantizes all experts of a GPTQ file. Use compressed-tensors or auto-round there, or do not draft"
+        return ALL_EXPERTS
     if gap.rule == "head-fc":
         return "keep mtp.fc unquantized: make the release again"
     if gap.rule == "fused-for-good":

@@ -219,7 +219,8 @@ class _Placing:
         built = self.model.schemes[module.asked]
         why = f"{module.asked} is built {f'as {built.label}' if built else 'unquantized'} and has no {suffix!r}"
         if module.kind == "experts" and self.main and not f"_{suffix}".endswith(SKIPPED):
-            return Refused(name, why, "experts-strict", module.asked)
+            rule = self._rule_of(module, built)
+            return Refused(name, why, rule if rule == "gptq-experts" else "experts-strict", module.asked)
         return Dropped(why, rule=self._rule_of(module, built), module=module.asked)
 
     def _rule_of(self, module: Module, built: Scheme | None) -> str:

@@ -21,6 +21,7 @@ from qwench.result import CalibrationFacts, FileFact, PrunedLayer, PruningFacts,
 from qwench.steps.calibrate import PRUNED, Calibrated
 from qwench.steps.materials.material import Material
 from qwench.steps.planning.plan import Plan
+from qwench.steps.planning.readers import planned_proofs
 from qwench.steps.planning.tally import precision_rows
 from qwench.stream.rows import Rows
 
@@ -45,6 +46,7 @@ def first_record(
         errors=sorted(errors, key=lambda e: (e.layer is None, e.layer or 0, e.module)),
         run=facts,
         calibration=calibration,
+        load_proofs=planned_proofs(plan),
     )
 
 

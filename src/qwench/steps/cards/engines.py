@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from qwench.result import Result, Verification
+from qwench.steps.planning.readers import trouble_of
 from qwench.steps.publishing.launch import Launch, arguments, shell
 
 TITLES = {"vllm": "vLLM", "transformers": "Transformers", "sglang": "SGLang"}
@@ -56,7 +57,7 @@ def launch_command(engine: str, result: Result, name: str) -> tuple[str, str] | 
 
 def _section(engine: str, verification: Verification | None, result: Result, name: str) -> dict[str, Any]:
     section: dict[str, Any] = {"title": TITLES.get(engine, engine), "command": None, "language": "", "notes": []}
-    trouble = known_trouble(engine, result)
+    trouble = known_trouble(engine, result) or proved_trouble(engine, result)
     if verification is None:
         return section | {"status": trouble or "Not verified."}
     section |= {"status": status(verification), "notes": _notes(engine, verification) + [trouble] * bool(trouble)}
@@ -73,6 +74,11 @@ def known_trouble(engine: str, result: Result) -> str:
     if engine == "transformers" and any(e.scheme.startswith("nvfp4") or e.scheme.endswith("asym") for e in experts):
         return EXPERTS_TRANSFORMERS
     return ""
+
+
+def proved_trouble(engine: str, result: Result) -> str:
+    """What an engine would do wrong with this release by its rules, as far as the record has a proof of it (see `qwench.loading`); "" where it has none, or a good one."""
+    return next((trouble_of(proof) + "." for proof in result.load_proofs if proof.engine == engine and not proof.good), "")
 
 
 def status(verification: Verification) -> str:

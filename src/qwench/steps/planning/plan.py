@@ -17,6 +17,7 @@ from qwench.checkpoint.source import StoredSource, TensorSource
 from qwench.checkpoint.writer import SINGLE, FileLayout
 from qwench.errors import PlanError
 from qwench.formats import FORMATS, adapter
+from qwench.models.geometry import read_geometry
 from qwench.models.map import ModelMap
 from qwench.numerics.scheme import Scheme
 from qwench.recipe import Export, Recipe, recipe_data
@@ -141,6 +142,8 @@ def make_plan(recipe: Recipe, source: StoredSource, map: ModelMap) -> Plan:
         config["quantization_config"] = container.quantization_config(schemes, kept)
     notes += container.notes(schemes.values())
     notes += prune_notes(source)
+    if recipe.calibration and recipe.calibration.experts == "all" and not read_geometry(source.config).moe:
+        notes.append("calibration says experts: all, and this model has none: it changes nothing")
     return Plan(recipe, source, map, jobs, files, schemes, kept, config, tuple(notes))
 
 
