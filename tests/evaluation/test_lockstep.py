@@ -32,24 +32,48 @@ class Doubling:
 
 def test_error_by_layer_and_normed_states():
     source, release = Doubling(), Doubling(drift=0.1, late=3)
-    reading = read_in_lockstep(source, release, IDS, BLOCKS)
+    reading = read_in_lockstep(source, {"release": release}, IDS, BLOCKS)
+    errors = reading.releases["release"].errors
     assert source.calls == release.calls == list(range(BLOCKS))
-    assert reading.error_by_layer[:3] == [0.0, 0.0, 0.0]
-    assert reading.error_by_layer[3:] == [pytest.approx(0.1, rel=1e-5), pytest.approx(0.21, rel=1e-5)]
-    torch.testing.assert_close(reading.source, source.embed(IDS))
-    torch.testing.assert_close(reading.release, source.embed(IDS) * 1.21)
+    assert errors[:3] == [0.0, 0.0, 0.0]
+    assert errors[3:] == [pytest.approx(0.1, rel=1e-5), pytest.approx(0.21, rel=1e-5)]
+    assert reading.source.errors == [0.0] * BLOCKS and reading.source.by_layer.shape == (BLOCKS, 0, HIDDEN)
+    torch.testing.assert_close(reading.source.normed, source.embed(IDS))
+    torch.testing.assert_close(reading.releases["release"].normed, source.embed(IDS) * 1.21)
+
+
+def test_several_readings_of_a_release_walk_beside_one_source():
+    """Each as if it were alone; the source goes through once."""
+    source, with_them, without = Doubling(), Doubling(drift=0.1, late=4), Doubling(drift=0.3, late=2)
+    both = read_in_lockstep(source, {"with": with_them, "without": without}, IDS, BLOCKS)
+    assert source.calls == list(range(BLOCKS))
+    for name, alone in (("with", Doubling(drift=0.1, late=4)), ("without", Doubling(drift=0.3, late=2))):
+        expected = read_in_lockstep(Doubling(), {name: alone}, IDS, BLOCKS).releases[name]
+        assert both.releases[name].errors == expected.errors and torch.equal(both.releases[name].normed, expected.normed)
+    assert both.releases["with"].errors[3] == 0 and both.releases["without"].errors[3] > 0.3
+
+
+def test_states_after_every_layer_at_the_positions_that_were_asked_for():
+    """Counted row by row: position 5 is the second of the second row."""
+    release = Doubling(drift=0.1, late=3)
+    read = read_in_lockstep(Doubling(), {"release": release}, IDS, BLOCKS, positions=torch.tensor([0, 5, 11]))
+    for side, last in ((read.source, 1.0), (read.releases["release"], 1.21)):
+        assert side.by_layer.shape == (BLOCKS, 3, HIDDEN)
+        torch.testing.assert_close(side.by_layer[-1], torch.stack([side.normed[0, 0], side.normed[1, 1], side.normed[2, 3]]))
+        torch.testing.assert_close(side.by_layer[1, 2], release.embed(IDS)[2, 3] / 8)
+        torch.testing.assert_close(side.by_layer[-1, 0], release.embed(IDS)[0, 0] * last)
 
 
 @pytest.mark.parametrize("which", ["source", "release"])
 def test_infinity_names_model_block_and_row(which):
     trunks = {"source": Doubling(), "release": Doubling(), which: Doubling(poison=(4, 1))}
     with pytest.raises(CheckpointError, match=rf"the {which}'s hidden states .* decoder layer 4: row 1, 1 of 24 values"):
-        read_in_lockstep(trunks["source"], trunks["release"], IDS, BLOCKS)
+        read_in_lockstep(trunks["source"], {"release": trunks["release"]}, IDS, BLOCKS)
 
 
 def test_progress_after_every_block():
     seen = []
-    read_in_lockstep(Doubling(), Doubling(), IDS, BLOCKS, seen.append)
+    read_in_lockstep(Doubling(), {"release": Doubling()}, IDS, BLOCKS, seen.append)
     assert [(p.block, p.blocks, p.rows) for p in seen] == [(i + 1, BLOCKS, 3) for i in range(BLOCKS)]
     assert seen[-1].seconds_left == 0 and all(p.tokens_per_second > 0 for p in seen)
     assert seen[-1].peak_rss > 50 * 2**20  # torch alone is larger

@@ -1,8 +1,9 @@
 """Source and release read the same rows side by side, one block of each in memory at a time.
 
 Every row's hidden states are kept, the model is not: a block's weights are read once, all rows go through it, and they are dropped. A model larger than
-memory can be evaluated so; what it takes is one block, the head, and 2 x rows x length x hidden numbers. Since both models stand after the same block
-at the same time, their relative difference there is known for every layer:
+memory can be evaluated so; what it takes is one block, the head, and for each model rows x length x hidden numbers, and blocks x positions x hidden for those positions that are
+looked at after every block. A release can be read in several ways at once (with its low-rank corrections, and without): the source goes through once. Since all stand after the same block
+at the same time, their relative difference from the source there is known for every layer:
 
     error_i = || release_i - source_i || / || source_i ||     (Frobenius norm over all rows, after decoder layer i)
 
@@ -12,7 +13,7 @@ A hidden state that is not finite ends the pass with the block and the row that 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -38,9 +39,9 @@ class Progress:
     """How far the pass is.
 
     Attributes:
-        block, blocks: decoder layers that both models have behind them, and all of them.
+        block, blocks: decoder layers that all models have behind them, and all of them.
         rows: rows in the pass.
-        tokens_per_second: tokens that go through all decoder layers of both models in a second, at the pace so far.
+        tokens_per_second: tokens that go through all decoder layers of all models in a second, at the pace so far.
         seconds_left: at this pace.
         peak_rss: largest resident memory of this process until now, bytes.
     """
@@ -54,46 +55,83 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What the pass leaves.
+class Read:
+    """What the pass leaves of one model.
 
     Attributes:
-        source, release: hidden states after the final norm, [rows, length, hidden].
-        error_by_layer: see the module's formula, one number for each decoder layer.
+        normed: hidden states after the final norm, [rows, length, hidden].
+        by_layer: hidden states after each decoder layer at the positions that were asked for, after the final norm too, [blocks, positions, hidden].
+        errors: see the module's formula, one number for each decoder layer; of the source, zeros.
     """
 
-    source: Tensor
-    release: Tensor
-    error_by_layer: list[float]
+    normed: Tensor
+    by_layer: Tensor
+    errors: list[float]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The source, and each reading of the release by its name."""
+
+    source: Read
+    releases: dict[str, Read]
 
 
 @torch.no_grad()
 def read_in_lockstep(
-    source: Reader, release: Reader, ids: Tensor, blocks: int, progress: Callable[[Progress], None] | None = None
+    source: Reader,
+    releases: Mapping[str, Reader],
+    ids: Tensor,
+    blocks: int,
+    progress: Callable[[Progress], None] | None = None,
+    positions: Tensor | None = None,
 ) -> Reading:
-    """Both models' normed hidden states of the same rows.
+    """All models' normed hidden states of the same rows.
 
     Args:
-        source, release: the two trunks.
+        source: its trunk.
+        releases: name -> trunk; the names are for messages and for the result.
         ids: int64 [rows, length].
         blocks: decoder layers of each.
         progress: called after every block.
+        positions: int64 [positions], which of all positions, counted row by row, are kept after every layer; None for none.
 
     Raises:
         CheckpointError: a hidden state is NaN or infinite; names model, block and row.
     """
-    begun = time.monotonic()
-    hidden_source, hidden_release = source.embed(ids), release.embed(ids)
-    check_finite(hidden_source, "source", "the embedding")
-    check_finite(hidden_release, "release", "the embedding")
-    errors = []
+    begun, kept = time.monotonic(), torch.empty(0, dtype=torch.int64) if positions is None else positions
+    first, others = (
+        _Walker("source", source, ids, kept),
+        [_Walker(name, reader, ids, kept) for name, reader in releases.items()],
+    )
     for block in range(blocks):
-        hidden_source = _through(source, block, hidden_source, "source")
-        hidden_release = _through(release, block, hidden_release, "release")
-        errors.append(relative_difference(hidden_release, hidden_source))
+        first.step(block)
+        first.errors.append(0.0)
+        for other in others:
+            other.step(block)
+            other.errors.append(relative_difference(other.hidden, first.hidden))
         if progress:
             progress(_progress(block + 1, blocks, ids, time.monotonic() - begun))
-    return Reading(source.norm(hidden_source), release.norm(hidden_release), errors)
+    return Reading(first.read(), {other.name: other.read() for other in others})
+
+
+class _Walker:
+    """One model on its way through the blocks."""
+
+    def __init__(self, name: str, reader: Reader, ids: Tensor, positions: Tensor) -> None:
+        self.name, self.reader, self.positions = name, reader, positions
+        self.hidden = reader.embed(ids)
+        self.errors: list[float] = []
+        self._kept: list[Tensor] = []
+        check_finite(self.hidden, name, "the embedding")
+
+    def step(self, block: int) -> None:
+        self.hidden = self.reader.run_block(block, self.hidden)
+        check_finite(self.hidden, self.name, f"decoder layer {block}")
+        self._kept.append(self.hidden.flatten(0, 1)[self.positions])
+
+    def read(self) -> Read:
+        return Read(self.reader.norm(self.hidden), self.reader.norm(torch.stack(self._kept)), self.errors)
 
 
 def relative_difference(values: Tensor, reference: Tensor) -> float:
@@ -115,12 +153,6 @@ def check_finite(hidden: Tensor, model: str, where: str) -> None:
                 f"the {model}'s hidden states are not finite after {where}: row {row}, {count} of {values.numel()} values",
                 "look for NaN or infinity in the weights of that layer; compute in float32 or bfloat16, never in float16",
             )
-
-
-def _through(reader: Reader, block: int, hidden: Tensor, model: str) -> Tensor:
-    hidden = reader.run_block(block, hidden)
-    check_finite(hidden, model, f"decoder layer {block}")
-    return hidden
 
 
 def _progress(done: int, blocks: int, ids: Tensor, seconds: float) -> Progress:

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from qwench.checkpoint.reader import Checkpoint
 from qwench.errors import CheckpointError, PlanError, TextError
 from qwench.evaluation.speculation import speculate
+from qwench.formats import adapter
 from qwench.models import map_of
 from qwench.models.mtp import MtpHead
 from qwench.models.run import Trunk
@@ -60,6 +61,7 @@ def test_a_checkpoint_against_itself_is_exactly_zero(source):
     seen = []
     found = evaluate(source, source, rows(), seen.append)
     assert found.divergence.mean.mean == 0.0 and found.divergence.max == 0.0 and found.hidden_error_by_layer == [0.0] * 4
+    assert {layer.mean for layer in found.divergence_by_layer.by_layer} == {0.0} and found.without_corrections is None
     assert found.top1_agreement.mean == 1.0 and found.perplexity_source == found.perplexity_release
     assert found.acceptance_source == found.acceptance_release and len(found.acceptance_source.by_position) == 3
     assert (found.documents, found.length, found.tokens) == (ROWS, LENGTH, ROWS * (LENGTH - 1))
@@ -93,6 +95,65 @@ def test_numbers_equal_those_of_whole_logits(source, release):
 def test_error_begins_at_the_changed_layer(source, release):
     error = evaluate(release, source, rows()).hidden_error_by_layer
     assert error[:2] == [0.0, 0.0] and error[2] > 1e-3 and error[3] > 1e-4
+
+
+def test_divergence_by_layer_begins_at_the_changed_layer_and_ends_with_the_divergence(source, release):
+    """Fewer tokens than positions are asked for: all are read, so the last layer's mean is that of all tokens."""
+    found = evaluate(release, source, rows())
+    by_layer = found.divergence_by_layer
+    assert by_layer.positions == found.tokens == ROWS * (LENGTH - 1)
+    means = [layer.mean for layer in by_layer.by_layer]
+    assert means[:2] == [0.0, 0.0] and min(means[2:]) > 1e-6
+    assert means[3] == pytest.approx(found.divergence.mean.mean, rel=1e-3)
+    assert by_layer.by_layer[3].standard_error == pytest.approx(found.divergence.mean.standard_error, rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def corrected(source, release, tmp_path_factory):
+    """The release with corrections of rank 24 for the MLP of layer 2, and the same with them added to its weights."""
+    place = tmp_path_factory.mktemp("corrected")
+    folder, stored = changed_copy(release, place / "c", lambda name, tensor: tensor), load_file(release / "model.safetensors")
+    original = load_file(source / "model.safetensors")
+    modules = [name.removesuffix(".weight") for name in stored if "layers.2.mlp" in name]
+    factors = {}
+    for module in modules:
+        difference = original[f"{module}.weight"].float() - stored[f"{module}.weight"].float()
+        left, size, right = torch.linalg.svd(difference, full_matrices=False)
+        factors[module] = ((size[:24, None] * right[:24]).contiguous(), left[:, :24].contiguous())
+    (folder / adapter.FOLDER).mkdir()
+    shapes = {module: tuple(stored[f"{module}.weight"].shape) for module in modules}
+    config = adapter.adapter_config(shapes, 24, "base")
+    (folder / adapter.FOLDER / adapter.CONFIG_NAME).write_text(json.dumps(config), encoding="utf-8")
+    packed = {name: tensor for module in modules for name, tensor in adapter.pack(module, factors[module]).items()}
+    save_file(packed, folder / adapter.FOLDER / adapter.WEIGHTS_NAME, metadata={"format": "pt"})
+
+    def merged(name, tensor):
+        right, left = factors.get(name.removesuffix(".weight"), (None, None))
+        return tensor if right is None else tensor.float() + left @ right
+
+    return folder, changed_copy(release, place / "merged", merged)
+
+
+def test_corrections_are_measured_with_and_without_in_one_pass(source, release, corrected, quick):
+    folder, merged = corrected
+    seen = []
+    found = evaluate(folder, source, rows(length=70), seen.append, speculate=3)
+    assert found.corrections == 3 and [p.block for p in seen] == [1, 2, 3, 4]
+    alone = [evaluate(place, source, rows(length=70), speculate=3) for place in (merged, release)]
+    assert alone[0].divergence.mean.mean < 0.8 * alone[1].divergence.mean.mean, "the corrections bring it nearer"
+    for both, one in zip((found, found.without_corrections), alone, strict=True):
+        assert both.divergence.mean.mean == pytest.approx(one.divergence.mean.mean, rel=1e-4)
+        assert both.hidden_error_by_layer == pytest.approx(one.hidden_error_by_layer, rel=1e-4)
+        layers = [[layer.mean for layer in side.divergence_by_layer.by_layer] for side in (both, one)]
+        assert layers[0] == pytest.approx(layers[1], rel=1e-3, abs=1e-9)
+        assert both.perplexity_release.mean == pytest.approx(one.perplexity_release.mean, rel=1e-6)
+        assert both.acceptance_release == one.acceptance_release and both.top1_agreement == one.top1_agreement
+        assert (both.speculation_release.drafted, both.speculation_release.accepted) == (
+            one.speculation_release.drafted,
+            one.speculation_release.accepted,
+        )
+    assert alone[1].without_corrections is None and alone[1].corrections == 0
+    assert found.perplexity_source == alone[0].perplexity_source and found.acceptance_source == alone[0].acceptance_source
 
 
 def test_acceptance_equals_a_literal_count(source, tmp_path):

@@ -1,9 +1,11 @@
 """Measure a release against its source, on the same rows of tokens.
 
-Divergence, perplexity, agreement, the error after every layer, and what the MTP head's drafts are worth on both sides: one pass through both models, block by
+Divergence, perplexity, agreement, error and divergence after every layer, and what the MTP head's drafts are worth on both sides: one pass through both models, block by
 block, each read by our own forward. A release is decoded as it is read: what is measured is the file, not what was meant to be in it.
 
-Where it is asked for, both also write on from the rows' beginnings with drafts of their heads (`steps.speculation`): what the drafts are worth when nobody holds the
+A release with low-rank corrections (EoRA) is read twice in the same pass, with them and without: not every engine adds them.
+
+Where it is asked for, all of them also write on from the rows' beginnings with drafts of their heads (`steps.measures.speculation`): what the drafts are worth when nobody holds the
 text's hand. That is token by token, and takes far longer than all the rest.
 """
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -19,7 +22,8 @@ from qwench.checkpoint.source import TensorSource
 from qwench.errors import PlanError, TextError
 from qwench.evaluation.acceptance import DRAFTS, acceptance, accepted, draft_tokens
 from qwench.evaluation.divergence import TokenMeasures, histogram, measure_tokens
-from qwench.evaluation.lockstep import Progress, read_in_lockstep
+from qwench.evaluation.lens import divergence_by_layer, lens_positions
+from qwench.evaluation.lockstep import Progress, Read, read_in_lockstep
 from qwench.evaluation.statistics import Mean, clustered_mean, exponential, quantile
 from qwench.formats.adapter import Corrected
 from qwench.formats.release import open_source
@@ -28,9 +32,30 @@ from qwench.models import ModelMap, map_of
 from qwench.models.mtp import MtpHead
 from qwench.models.place import CPU, Place, peak_vram
 from qwench.models.run import Trunk
-from qwench.result import Acceptance, Divergence, Estimate, Evaluation
+from qwench.result import Acceptance, Divergence, Estimate, Evaluation, Figures, LayerDivergence, Speculation
 from qwench.steps.measures.speculation import measured_speculation
 from qwench.stream.rows import TOKENIZER_FILES, Rows, load_tokenizer
+
+RELEASE, WITHOUT = "release", "release without corrections"
+
+
+@dataclass(frozen=True)
+class Side:
+    """One reading of one model: where its tensors are, what they are, and what runs them."""
+
+    source: TensorSource
+    map: ModelMap
+    trunk: Trunk
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What every reading is measured on; `positions`: those that are looked at after every layer (see `evaluation.lens`)."""
+
+    rows: Rows
+    positions: Tensor
+    speculate: int
+    place: Place
 
 
 def evaluate(
@@ -58,39 +83,31 @@ def evaluate(
     """
     begun = time.monotonic()
     check_rows(rows)
-    sources = _opened(source), _opened(release)
-    maps = map_of(sources[0]), map_of(sources[1])
-    check_same_tokens(sources, maps)
-    trunks = Trunk(sources[0], maps[0], place.dtype, place.device), Trunk(sources[1], maps[1], place.dtype, place.device)
-    reading = read_in_lockstep(*trunks, rows.ids, len(maps[0].blocks), progress)
-    measures = measure_tokens(
-        reading.source, reading.release, trunks[0].logits, trunks[1].logits, rows.ids, trunks[0].vocabulary
-    )  # fmt: skip
-    acceptance_source = measured_acceptance(trunks[0], reading.source, measures.greedy_source, rows.ids)
-    acceptance_release = measured_acceptance(trunks[1], reading.release, measures.greedy_release, rows.ids)
-    speculation = [
-        measured_speculation(s, m, rows, speculate, place) if speculate else None for s, m in zip(sources, maps, strict=True)
-    ]
+    original, opened = _side(_opened(source), place), _opened(release)
+    readings = {RELEASE: _side(opened, place)}
+    check_same_tokens((original.source, opened), (original.map, readings[RELEASE].map))
+    if isinstance(opened, Corrected):
+        readings[WITHOUT] = _side(opened.source, place)
+    asked = Asked(rows, lens_positions(*rows.ids.shape), speculate, place)
+    trunks = {name: side.trunk for name, side in readings.items()}
+    found = read_in_lockstep(original.trunk, trunks, rows.ids, len(original.map.blocks), progress, asked.positions)
+    compared = {name: _compared(original, found.source, side, found.releases[name], asked) for name, side in readings.items()}
+    same, figures = compared[RELEASE]
     return Evaluation(
+        **dict(figures),
+        without_corrections=compared[WITHOUT][1] if WITHOUT in compared else None,
+        corrections=len(opened.adapter.modules) if isinstance(opened, Corrected) else 0,
         text=rows.text,
         text_sha256=rows.text_sha256,
         ids_sha256=rows.ids_sha256,
         documents=len(rows.ids),
         length=rows.length,
-        tokens=len(measures.divergence),
+        tokens=len(same.divergence),
         compute_dtype=place.says[1],
         device=place.says[0],
-        corrections=len(sources[1].adapter.modules) if isinstance(sources[1], Corrected) else 0,
-        divergence=summarized_divergence(measures),
-        perplexity_source=_estimate(exponential(clustered_mean(measures.loss_source, measures.documents))),
-        perplexity_release=_estimate(exponential(clustered_mean(measures.loss_release, measures.documents))),
-        loss_increase=_estimate(clustered_mean(measures.loss_release - measures.loss_source, measures.documents)),
-        top1_agreement=_estimate(clustered_mean(measures.agrees, measures.documents)),
-        acceptance_source=acceptance_source,
-        acceptance_release=acceptance_release,
-        speculation_source=speculation[0],
-        speculation_release=speculation[1],
-        hidden_error_by_layer=reading.error_by_layer,
+        perplexity_source=_estimate(exponential(clustered_mean(same.loss_source, same.documents))),
+        acceptance_source=measured_acceptance(original.trunk, found.source.normed, same.greedy_source, rows.ids),
+        speculation_source=_speculation(original, asked),
         seconds=time.monotonic() - begun,
         peak_rss=peak_rss(),
         peak_vram=peak_vram(place),
@@ -99,6 +116,43 @@ def evaluate(
 
 def _opened(place: Path | TensorSource) -> TensorSource:
     return open_source(place) if isinstance(place, Path) else place
+
+
+def _side(source: TensorSource, place: Place) -> Side:
+    map = map_of(source)
+    return Side(source, map, Trunk(source, map, place.dtype, place.device))
+
+
+def _compared(original: Side, source: Read, side: Side, release: Read, asked: Asked) -> tuple[TokenMeasures, Figures]:
+    """One reading of the release against the source: token by token, and for the record. Lets go of the release's lm_head."""
+    ids, heads = asked.rows.ids, (original.trunk.logits, side.trunk.logits)
+    measures = measure_tokens(source.normed, release.normed, *heads, ids, original.trunk.vocabulary)
+    documents = measures.documents
+    figures = Figures(
+        divergence=summarized_divergence(measures),
+        perplexity_release=_estimate(exponential(clustered_mean(measures.loss_release, documents))),
+        loss_increase=_estimate(clustered_mean(measures.loss_release - measures.loss_source, documents)),
+        top1_agreement=_estimate(clustered_mean(measures.agrees, documents)),
+        hidden_error_by_layer=release.errors,
+        divergence_by_layer=_by_layer(original, source, side, release, asked),
+        acceptance_release=measured_acceptance(side.trunk, release.normed, measures.greedy_release, ids),
+        speculation_release=_speculation(side, asked),
+    )
+    return measures, figures
+
+
+def _by_layer(original: Side, source: Read, side: Side, release: Read, asked: Asked) -> LayerDivergence:
+    """The divergence after every layer, with standard errors over the rows that the positions lie in."""
+    heads = original.trunk.logit_parts, side.trunk.logit_parts
+    found = divergence_by_layer(source.by_layer, release.by_layer, *heads)
+    documents = asked.positions // asked.rows.length
+    return LayerDivergence(positions=len(documents), by_layer=[_estimate(clustered_mean(layer, documents)) for layer in found])
+
+
+def _speculation(side: Side, asked: Asked) -> Speculation | None:
+    if not asked.speculate:
+        return None
+    return measured_speculation(side.source, side.map, asked.rows, asked.speculate, asked.place)
 
 
 def summarized_divergence(measures: TokenMeasures) -> Divergence:
