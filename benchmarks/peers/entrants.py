@@ -27,6 +27,7 @@ class Entrant:
         rival: the entrant of ours that does the same.
         models: the checkpoints that it makes sense for.
         tuned: takes the iterations, the batch and the fewer rows of a tuned method.
+        after: the entrant whose release it begins with; None: the checkpoint.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Entrant:
     rival: str | None = None
     models: tuple[Model, ...] = BOTH
     tuned: bool = False
+    after: str | None = None
 
 
 IGNORED = [

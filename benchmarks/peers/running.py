@@ -116,7 +116,7 @@ def _job(entrant: Entrant, model: Model, told: Calibration, folder: Path) -> dic
         compute = {"compute": entrant.settings["compute"]} if "compute" in entrant.settings else {}
         settings = {"recipe": str(path), "content": made, **compute}
     return {
-        "model": str(checkpoint(model)), "out": str(folder / "release"), "rows": str(told.file.absolute()), "method": entrant.method, "settings": settings,
+        "model": str(folder.parent / entrant.after / "release" if entrant.after else checkpoint(model)), "out": str(folder / "release"), "rows": str(told.file.absolute()), "method": entrant.method, "settings": settings,
     }  # fmt: skip
 
 

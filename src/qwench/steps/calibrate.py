@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -64,6 +65,14 @@ def rows_for(recipe: Recipe, folder: Path) -> Rows:
 def reach_of(recipe: Recipe) -> Reach:
     """Which tokens the statistics of an expert are gathered on."""
     return recipe.calibration.experts if recipe.calibration else "routed"
+
+
+def onward_of(recipe: Recipe) -> Literal["changed", "original"]:
+    """Which rows go through the network. Where nothing looks at what the changed layers put out (pruning ranks on the original network, rounding to nearest reads no rows), one stream is
+    enough, and half of the work."""
+    repaired = recipe.prune is not None and recipe.prune.repair != "none"
+    read = recipe.smooth or recipe.correct or (recipe.quantize and recipe.quantize.reads_rows)
+    return "changed" if repaired or read or not recipe.prune else "original"
 
 
 def walks_head(plan: Plan) -> bool:
@@ -122,7 +131,14 @@ def calibrate(
     width = plan.map.other("embed").shape[1]
     depth = len(plan.map.blocks)
     files = HiddenFiles(writer.scratch, (*rows.ids.shape, width), torch.bfloat16, depth)
-    settings = Walk(changes_of(plan.recipe, plan), mtp=walks_head(plan), batch=batch, place=place, reach=reach_of(plan.recipe))
+    settings = Walk(
+        changes_of(plan.recipe, plan),
+        mtp=walks_head(plan),
+        onward=onward_of(plan.recipe),
+        batch=batch,
+        place=place,
+        reach=reach_of(plan.recipe),
+    )
     _forget_what_is_not_proved(files, settings, layers, writer)
     whole, map, stored = (s.whole, s.whole_map, s) if isinstance(s := plan.source, Pruned) else (source, plan.map, source)
 
