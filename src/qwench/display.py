@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -14,7 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from qwench.machine import peak_rss
-from qwench.result import Acceptance, Estimate, Evaluation, Result, Speculation, Verification
+from qwench.result import Acceptance, Estimate, Evaluation, Speculation, Verification
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -107,52 +106,6 @@ def progress(label: str, unit: str = "bytes") -> Iterator[Report]:
     )
     with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[memory]}"), console=err, transient=True) as bar:
         yield Report(label, unit, bar)
-
-
-def show_result(result: Result, folder: Path) -> None:
-    """What a run made, as a short table."""
-    if result.precision:
-        rows = [(r.component, r.stored, r.tensors, r.parameters, size(r.bytes)) for r in result.precision]
-        out.print(table("Release", ["component", "stored as", "tensors", "parameters", "size"], rows))
-    else:
-        files = [
-            (f.name, f.content, f"{f.bits_per_weight:.2f}" if f.bits_per_weight else None, size(f.bytes)) for f in result.files
-        ]
-        out.print(table("Release", ["file", "content", "bits per weight", "size"], files))
-    became = size(result.bytes) if result.precision else f"{len(result.files)} files, {size(result.bytes)} in all"
-    facts = [f"{folder}: {size(result.source.bytes)} became {became}"]
-    gpu = f", {size(result.run.peak_vram)} on {result.run.device}" if result.run.peak_vram else ""
-    facts.append(f"{result.run.seconds:.1f} s, peak memory {size(result.run.peak_rss)}{gpu}")
-    facts += [line for line in (_graft_line(result), _gate_line(result)) if line]
-    if result.errors:
-        mean = sum(e.mean_abs for e in result.errors) / len(result.errors)
-        facts.append(
-            f"round-trip error over {len(result.errors)} weights: mean {mean:.2g}, largest {max(e.max_abs for e in result.errors):.2g}"
-        )
-    out.print("\n".join(facts))
-
-
-def _graft_line(result: Result) -> str:
-    """How a graft fits, in a line."""
-    facts = result.graft
-    if facts is None:
-        return ""
-    own, here = facts.acceptance_donor, facts.acceptance_source
-    said = f"grafted {' and '.join(facts.components)} from {facts.donor}: {facts.tensors} tensors"
-    if here:
-        said += f"; drafts accepted at position 1: {here.by_position[0].mean:.1%}"
-        said += f", on its own trunk {own.by_position[0].mean:.1%}" if own else ""
-    return "\n".join([said, *(f"note: {note}" for note in facts.notes)])
-
-
-def _gate_line(result: Result) -> str:
-    """What the run measured of the MTP head, in a line."""
-    check = result.acceptance
-    if check is None or check.source is None:
-        return ""
-    before, after = (side.by_position[0].mean if side else 0.0 for side in (check.source, check.release))
-    said = f"MTP drafts accepted at position 1: source {before:.1%}, release {after:.1%}"
-    return said + (f", under the recipe's floor of {check.floor:.0%} of the source's" if check.overridden else "")
 
 
 def show_verification(found: Verification) -> None:

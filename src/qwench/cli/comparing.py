@@ -9,13 +9,17 @@ import typer
 from rich.console import Console
 
 from qwench import display
-from qwench.cli.app import DeviceOption, JsonOption, app, print_json
+from qwench.cli.app import DeviceOption, JsonOption, command, print_json
 
 PAGE = 150
 """Columns of a table that goes into a file or a pipe: nothing is cut."""
 
 
-@app.command()
+@command(
+    "Measure",
+    "qwench compare ./first ./first-GGUF --against demo:dense --documents 2 --length 64 --plot ./sizes.png",
+    "qwench compare ./Qwen3.5-9B-AWQ ./Qwen3.5-9B-NVFP4A16 --against Qwen/Qwen3.5-9B",
+)
 def compare(
     releases: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Releases: folders, or GGUF files.")],
     against: Annotated[str, typer.Option("--against", metavar="MODEL", help="The checkpoint that all of them were made from.")],
@@ -35,8 +39,6 @@ def compare(
     """Show releases of one source side by side: size against KL divergence, top-1 agreement and acceptance of the MTP head.
 
     What is in a release's record is used if it was measured on the same rows, and measured otherwise (and put on the record).
-
-    Example: `qwench compare ./Qwen3.5-9B-NVFP4A16 ./Qwen3.5-9B-AWQ ./Qwen3.5-9B-GGUF --against ./Qwen3.5-9B --plot sizes.png`
     """
     from qwench.checkpoint.hub import locate
     from qwench.errors import OutputError

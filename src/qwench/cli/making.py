@@ -19,18 +19,15 @@ from qwench.cli.app import (
     ModelOption,
     RecipeArgument,
     ThreadsOption,
-    app,
+    command,
     print_json,
 )
 from qwench.recipe import bundled, load_recipe
 
 
-@app.command()
+@command("Make", "qwench recipes", "qwench recipes --json")
 def recipes(as_json: JsonOption = False) -> None:
-    """List the recipes that the package carries.
-
-    Example: `qwench recipes`
-    """
+    """List the recipes that the package carries."""
     found = {name: load_recipe(name).about for name in sorted(bundled())}
     if as_json:
         print_json(found)
@@ -38,7 +35,7 @@ def recipes(as_json: JsonOption = False) -> None:
         display.out.print(display.table("Bundled recipes", ["recipe", "what it makes"], list(found.items())))
 
 
-@app.command()
+@command("Make", "qwench inspect demo:moe", "qwench inspect Qwen/Qwen3.5-9B --context 65536 --vram 24")
 def inspect(
     model: ModelArgument,
     context: Annotated[
@@ -48,10 +45,7 @@ def inspect(
     vram: Annotated[float | None, typer.Option(help="Say what fits a GPU of this many GiB.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a checkpoint is: layers, parameters and bytes by component, MTP head, caches.
-
-    Example: `qwench inspect ./Qwen3.5-9B --context 65536 --vram 24`
-    """
+    """Show what a checkpoint is: layers, parameters and bytes by component, MTP head, caches."""
     from qwench.steps.checks.inspect import inspection, show
     from qwench.steps.materials.material import shapes_of
 
@@ -62,12 +56,9 @@ def inspect(
         show(found, display.out)
 
 
-@app.command()
+@command("Make", "qwench plan nvfp4a16 --model demo:dense", "qwench plan ./mine.yaml --model Qwen/Qwen3.5-9B")
 def plan(recipe: RecipeArgument, model: ModelOption, donor: DonorOption = None, as_json: JsonOption = False) -> None:
-    """Show what a run would make, to the byte, from shapes alone (a lone config.json is enough).
-
-    Example: `qwench plan nvfp4a16 --model ./Qwen3.5-9B`
-    """
+    """Show what a run would make, to the byte, from shapes alone (a lone config.json is enough)."""
     from qwench.run import plan_for
     from qwench.steps.gguf import table as gguf_table
     from qwench.steps.gguf.plan import GgufRelease
@@ -82,7 +73,12 @@ def plan(recipe: RecipeArgument, model: ModelOption, donor: DonorOption = None, 
         plan_table.show(made, display.out)
 
 
-@app.command()
+@command(
+    "Make",
+    "qwench run nvfp4a16 --model demo:dense --out ./first",
+    "qwench run gguf --model demo:dense --out ./first-GGUF",
+    "qwench run awq-int4-mtp --model Qwen/Qwen3.5-9B --out ./Qwen3.5-9B-AWQ --device cuda",
+)
 def run(
     recipe: RecipeArgument,
     model: ModelOption,
@@ -102,10 +98,8 @@ def run(
     threads: ThreadsOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a release. A run that was stopped goes on where it stood when the same command is given again.
-
-    Example: `qwench run nvfp4a16 --model ./Qwen3.5-9B --out ./Qwen3.5-9B-NVFP4A16`
-    """
+    """Make a release. A run that was stopped goes on where it stood when the same command is given again."""
+    from qwench.cli.ending import show_ending
     from qwench.models.place import memory_is_told, place_of
     from qwench.run import run_recipe
 
@@ -116,33 +110,38 @@ def run(
     if as_json:
         print_json(result.model_dump(mode="json"))
     else:
-        display.show_result(result, out)
+        show_ending(result, out, model)
 
 
-@app.command()
+@command("Make", "qwench demo", "qwench demo --moe --recipe int4 --out ./demo-moe")
 def demo(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the demo release goes.")] = Path("qwench-demo"),
     recipe: Annotated[str, typer.Option(help="The recipe to run.")] = "nvfp4a16",
     moe: Annotated[bool, typer.Option("--moe", help="Use the mixture-of-experts checkpoint.")] = False,
+    donor: DonorOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier demo release.")] = False,
 ) -> None:
-    """Run the whole job on a checkpoint that the package carries: make, verify, evaluate, card.
-
-    Example: `qwench demo`
-    """
-    from qwench.demo import checkpoint
-    from qwench.measuring import evaluate_release, verify_release
+    """Run the whole job on a checkpoint that the package carries: make, verify, evaluate, card."""
+    from qwench.cli.ending import show_ending
+    from qwench.measuring import evaluate_gguf_release, evaluate_release, verify_gguf_release, verify_release
+    from qwench.result import read_result
     from qwench.run import run_recipe
     from qwench.steps.cards.card import write_card
+    from qwench.steps.gguf.verify import is_gguf
 
-    model = str(checkpoint("moe" if moe else "dense"))
+    model = f"demo:{'moe' if moe else 'dense'}"
     if force and (out / "result.json").is_file():
         shutil.rmtree(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with display.progress("release") as report:
-        result = run_recipe(load_recipe(recipe), model, out, 0, report)
-    display.show_result(result, out)
-    display.show_verification(verify_release(out, "transformers"))
+        run_recipe(load_recipe(recipe), model, out, 0, report, donor)
+    made_of_gguf = is_gguf(out)
+    for found in verify_gguf_release(out, "llama.cpp", None, None) if made_of_gguf else [verify_release(out, "transformers")]:
+        display.show_verification(found)
     with display.progress("evaluation", unit="blocks") as report:
-        display.show_evaluation(evaluate_release(out, model, None, 16, 512, report))
-    display.out.print(f"card: {write_card(out)}")
+        if made_of_gguf:
+            display.show_ladder(evaluate_gguf_release(out, model, None, 16, 512, report))
+        else:
+            display.show_evaluation(evaluate_release(out, model, None, 16, 512, report))
+    display.out.print(f"card: {write_card(out)}\n")
+    show_ending(read_result(out), out, model)

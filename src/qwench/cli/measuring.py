@@ -8,11 +8,17 @@ from typing import Annotated
 import typer
 
 from qwench import display
-from qwench.cli.app import DeviceOption, JsonOption, ModelArgument, ReleaseArgument, app, print_json
+from qwench.cli.app import DeviceOption, JsonOption, ModelArgument, ReleaseArgument, command, print_json
 from qwench.errors import VerificationError
 
 
-@app.command("eval")
+@command(
+    "Measure",
+    "qwench eval ./first --against demo:dense --documents 4",
+    "qwench eval ./first-GGUF --against demo:dense --documents 2 --length 64",
+    "qwench eval ./Qwen3.5-9B-AWQ --against Qwen/Qwen3.5-9B --tasks gsm8k,./mine.yaml --engine vllm --limit 200",
+    name="eval",
+)
 def evaluate(
     release: ReleaseArgument,
     against: Annotated[str, typer.Option("--against", metavar="MODEL", help="The checkpoint that the release was made from.")],
@@ -52,10 +58,7 @@ def evaluate(
     few_shot: Annotated[int | None, typer.Option(min=0, help="With --tasks: examples before each document.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure a release against its source: KL divergence, perplexity, top-1 agreement, acceptance of the MTP head.
-
-    Example: `qwench eval ./Qwen3.5-9B-NVFP4A16 --against ./Qwen3.5-9B`
-    """
+    """Measure a release against its source: KL divergence, perplexity, top-1 agreement, acceptance of the MTP head."""
     from qwench.measuring import evaluate_gguf_release, evaluate_release
     from qwench.models.place import memory_is_told, place_of
     from qwench.steps.gguf.verify import is_gguf
@@ -102,7 +105,13 @@ def run_tasks(
         display.out.print(display.table(f"{asked.engine}, by lm-eval", columns, task_rows(found)))
 
 
-@app.command()
+@command(
+    "Measure",
+    "qwench verify ./first",
+    "qwench verify ./first --engine sglang --offline",
+    "qwench verify ./first-GGUF --file demo-dense-Q4_K_M.gguf",
+    "qwench verify ./Qwen3.5-9B-AWQ --engine vllm",
+)
 def verify(
     release: ReleaseArgument,
     engine: Annotated[
@@ -136,10 +145,7 @@ def verify(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Load a release in a real engine, and hold the engine's numbers against our own reading of the file.
-
-    Example: `qwench verify ./Qwen3.5-9B-NVFP4A16 --engine vllm`, or where there is no vLLM or GPU `... --engine sglang --offline`
-    """
+    """Load a release in a real engine, and hold the engine's numbers against our own reading of the file."""
     if offline:
         _verify_offline(release, engine or "vllm", as_json)
         return
@@ -180,7 +186,7 @@ def _verify_offline(release: Path, engine: str, as_json: bool) -> None:
         )
 
 
-@app.command()
+@command("Measure", "qwench doctor ./first", "qwench doctor some/Qwen3.5-9B-AWQ", "qwench doctor ./Qwen3.5-9B-AWQ --fix")
 def doctor(
     model: ModelArgument,
     fix: Annotated[
@@ -194,8 +200,6 @@ def doctor(
     """Say what would go wrong with anybody's release, in which engine, and how to mend it. Reads headers only, of a hub id too.
 
     Exit code 0: nothing; 3: something is wrong in the newest version of an engine.
-
-    Example: `qwench doctor some/Qwen3.5-9B-AWQ`, then on a copy of it `qwench doctor ./Qwen3.5-9B-AWQ --fix`
     """
     from qwench.steps.checks.doctor import PROBLEMS, examine, show_examination
 

@@ -9,22 +9,21 @@ from typing import Annotated
 import typer
 
 from qwench import display
-from qwench.cli.app import DonorOption, JsonOption, ReleaseArgument, app, print_json
+from qwench.cli.app import DonorOption, JsonOption, ReleaseArgument, command, print_json
 from qwench.errors import VerificationError
 
 
-@app.command()
+@command("Publish", "qwench card ./first")
 def card(release: ReleaseArgument) -> None:
-    """Write the release's README.md and plots from what was measured.
-
-    Example: `qwench card ./Qwen3.5-9B-NVFP4A16`
-    """
+    """Write the release's README.md and plots from what was measured."""
     from qwench.steps.cards.card import write_card
 
     display.out.print(f"wrote {write_card(release)}")
 
 
-@app.command()
+@command(
+    "Publish", "qwench reproduce ./first --out ./again", "qwench reproduce ./Qwen3.5-9B-AWQ --out ./again --model ./Qwen3.5-9B"
+)
 def reproduce(
     release: ReleaseArgument,
     out: Annotated[
@@ -40,10 +39,7 @@ def reproduce(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a release again from its provenance.json, and compare every file with it by hash.
-
-    Example: `qwench reproduce ./Qwen3.5-9B-NVFP4A16 --out ./again --model ./Qwen3.5-9B`
-    """
+    """Make a release again from its provenance.json, and compare every file with it by hash."""
     from qwench.reproduce import reproduce as make_again
 
     with display.progress("release") as report:
@@ -66,7 +62,12 @@ def reproduce(
         raise VerificationError(what, mend)
 
 
-@app.command()
+@command(
+    "Publish",
+    "qwench serve ./first --engine vllm --vram 24",
+    "qwench serve ./first-GGUF",
+    "qwench serve ./Qwen3.5-9B-AWQ --run",
+)
 def serve(
     release: ReleaseArgument,
     engine: Annotated[
@@ -86,10 +87,7 @@ def serve(
     start: Annotated[bool, typer.Option("--run", help="Start it, and not only print it.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Print the command that serves a release on this machine, or start it: context, cache, MTP speculation, parsers.
-
-    Example: `qwench serve ./Qwen3.5-9B-NVFP4A16 --engine vllm --vram 24`
-    """
+    """Print the command that serves a release on this machine, or start it: context, cache, MTP speculation, parsers."""
     from qwench.models.place import gpu_memory
     from qwench.steps.publishing.launch import shell
     from qwench.steps.publishing.serve import run_server, serving
@@ -105,7 +103,7 @@ def serve(
         run_server(found)
 
 
-@app.command()
+@command("Publish", "qwench push ./first me/first --dry-run", "qwench push ./Qwen3.5-9B-AWQ me/Qwen3.5-9B-AWQ --private")
 def push(
     release: ReleaseArgument,
     repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository on the hub; made if there is none.")],
@@ -113,10 +111,7 @@ def push(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go, and ask nobody.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Upload a finished release to the Hugging Face hub. A push that was stopped goes on when the same command is given again.
-
-    Example: `qwench push ./Qwen3.5-9B-NVFP4A16 me/Qwen3.5-9B-NVFP4A16 --dry-run`
-    """
+    """Upload a finished release to the Hugging Face hub. A push that was stopped goes on when the same command is given again."""
     from qwench.steps.publishing import push as step
 
     items = step.files_to_push(release)

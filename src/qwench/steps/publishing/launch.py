@@ -70,12 +70,12 @@ def arguments(engine: str, launch: Launch) -> list[str]:
     raise EngineError(f"there is no launch command for {engine!r}", f"give --engine {', '.join(ENGINES)}")
 
 
-def shell(words: Sequence[str]) -> str:
-    """A command as a person types it: the program and what it serves in the first line, then a line for each two or three options."""
+def shell(words: Sequence[str], width: int = 100) -> str:
+    """A command as a person types it: the program and what it serves in the first line, then a line for each two or three options, `width` characters at most where they fit."""
     lines, options = [""], _grouped(words)
     for option in options:
         text = " ".join(_quoted(word) for word in option)
-        if lines[-1] and len(lines[-1]) + len(text) > 100:
+        if lines[-1] and len(lines[-1]) + len(text) > width:
             lines.append("")
         lines[-1] += f" {text}" if lines[-1] else text
     return " \\\n  ".join(lines)
