@@ -52,6 +52,8 @@ def recipe(
     if "rank" in settings:
         steps.append({"correct": {"rank": settings["rank"]}})
     steps.append({"export": {"format": settings.get("format", "compressed-tensors")}})
-    calibration = {"calibration": {"samples": rows, "length": length}} if method != "rtn" or "rank" in settings else {}
+    calibration = (
+        {"calibration": {"samples": rows, "length": length}} if method != "rtn" or settings.keys() & {"rank", "prune"} else {}
+    )
     gate = {} if settings.get("gate") else {"acceptance": "off"}
     return {"name": name, **calibration, **gate, "steps": steps}

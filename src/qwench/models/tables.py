@@ -10,6 +10,7 @@ Letters in shapes: D hidden size, E experts, I expert width.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Literal
 
@@ -25,20 +26,25 @@ ExpertLayoutOf = Callable[[str], ExpertLayout]
 CONDITIONAL, CAUSAL, MTP = "model.language_model.", "model.", "mtp."
 
 
+SINGLE = re.compile(r"(?P<stem>.*\.experts)\.\d+\.(?P<leaf>gate_proj|up_proj|down_proj)\.weight$")
+"""A matrix of one expert that is stored by itself."""
+
+
 def prefix_of(names: Collection[str]) -> str:
     """The decoder's prefix in a checkpoint that stores these names."""
     return CONDITIONAL if any(n.startswith(CONDITIONAL) for n in names) else CAUSAL
 
 
 def expert_layout_of(names: Collection[str]) -> ExpertLayoutOf:
-    """The layout that the stored names show; where they show nothing, the published one."""
+    """The layout that the stored names show, those of any expert; where they show nothing, the published one."""
+    shown = {(found["stem"], found["leaf"]) for name in names if (found := SINGLE.match(name))}
 
     def layout(fused: str) -> ExpertLayout:
         stem, _, projection = fused.rpartition(".")
         singles = ("gate_proj", "up_proj") if projection == "gate_up_proj" else ("down_proj",)
         if fused in names:
             return "fused"
-        return "single" if any(f"{stem}.0.{name}.weight" in names for name in singles) else published(fused)
+        return "single" if any((stem, name) in shown for name in singles) else published(fused)
 
     return layout
 
