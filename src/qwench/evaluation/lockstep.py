@@ -7,6 +7,11 @@ at the same time, their relative difference from the source there is known for e
 
     error_i = || release_i - source_i || / || source_i ||     (Frobenius norm over all rows, after decoder layer i)
 
+That error has come through all layers before. What a layer adds by itself is seen where it is given what the source's layer is given: the last rows of every batch that goes through a layer of the
+release are the source's hidden states before it (an eighth of the rows, at least one), and what comes out is compared with what the source's layer makes of the same:
+
+    own_i = || release's layer i (source_(i-1)) - source_i || / || source_i ||     (over these rows)
+
 A hidden state that is not finite ends the pass with the block and the row that made it: nothing after it would mean anything.
 """
 
@@ -22,6 +27,9 @@ from torch import Tensor
 
 from qwench.errors import CheckpointError
 from qwench.machine import peak_rss
+
+OWN = 8
+"""Of so many rows, one is also taken through each layer of a release alone."""
 
 
 class Reader(Protocol):
@@ -61,12 +69,13 @@ class Read:
     Attributes:
         normed: hidden states after the final norm, [rows, length, hidden].
         by_layer: hidden states after each decoder layer at the positions that were asked for, after the final norm too, [blocks, positions, hidden].
-        errors: see the module's formula, one number for each decoder layer; of the source, zeros.
+        errors, own: see the module's formulas, one number for each decoder layer; of the source, none.
     """
 
     normed: Tensor
     by_layer: Tensor
     errors: list[float]
+    own: list[float]
 
 
 @dataclass(frozen=True)
@@ -102,14 +111,15 @@ def read_in_lockstep(
     begun, kept = time.monotonic(), torch.empty(0, dtype=torch.int64) if positions is None else positions
     first, others = (
         _Walker("source", source, ids, kept),
-        [_Walker(name, reader, ids, kept) for name, reader in releases.items()],
+        [_Follower(name, reader, ids, kept) for name, reader in releases.items()],
     )
     for block in range(blocks):
+        for other in others:
+            other.take(first.hidden)
         first.step(block)
-        first.errors.append(0.0)
         for other in others:
             other.step(block)
-            other.errors.append(relative_difference(other.hidden, first.hidden))
+            other.compare(first.hidden)
         if progress:
             progress(_progress(block + 1, blocks, ids, time.monotonic() - begun))
     return Reading(first.read(), {other.name: other.read() for other in others})
@@ -120,18 +130,37 @@ class _Walker:
 
     def __init__(self, name: str, reader: Reader, ids: Tensor, positions: Tensor) -> None:
         self.name, self.reader, self.positions = name, reader, positions
+        self.rows = len(ids)
         self.hidden = reader.embed(ids)
         self.errors: list[float] = []
+        self.own: list[float] = []
         self._kept: list[Tensor] = []
         check_finite(self.hidden, name, "the embedding")
 
     def step(self, block: int) -> None:
         self.hidden = self.reader.run_block(block, self.hidden)
         check_finite(self.hidden, self.name, f"decoder layer {block}")
-        self._kept.append(self.hidden.flatten(0, 1)[self.positions])
+        self._kept.append(self.hidden[: self.rows].flatten(0, 1)[self.positions])
 
     def read(self) -> Read:
-        return Read(self.reader.norm(self.hidden), self.reader.norm(torch.stack(self._kept)), self.errors)
+        normed, kept = self.reader.norm(self.hidden[: self.rows]), self.reader.norm(torch.stack(self._kept))
+        return Read(normed, kept, self.errors, self.own)
+
+
+class _Follower(_Walker):
+    """A release beside the source: behind its own rows go some of the source's, evenly spaced, anew before every block."""
+
+    def __init__(self, name: str, reader: Reader, ids: Tensor, positions: Tensor) -> None:
+        super().__init__(name, reader, ids, positions)
+        self.borrowed = torch.arange(0, len(ids), OWN)
+        self.hidden = torch.cat([self.hidden, self.hidden[self.borrowed]])
+
+    def take(self, source: Tensor) -> None:
+        self.hidden[self.rows :] = source[self.borrowed]
+
+    def compare(self, source: Tensor) -> None:
+        self.errors.append(relative_difference(self.hidden[: self.rows], source))
+        self.own.append(relative_difference(self.hidden[self.rows :], source[self.borrowed]))
 
 
 def relative_difference(values: Tensor, reference: Tensor) -> float:

@@ -141,7 +141,10 @@ class Figures(Record):
     speculation_release: Speculation | None = None
     """Of the release's MTP head, running free; null where nobody asked."""
     hidden_error_by_layer: list[Ratio] = Field(default_factory=list)
-    """After each decoder layer, ||release - source|| / ||source|| over the hidden states of all rows."""
+    """After each decoder layer, ||release - source|| / ||source|| over the hidden states of all rows: what has come together so far."""
+    own_error_by_layer: list[Ratio] = Field(default_factory=list)
+    """What each decoder layer adds by itself: the release's layer and the source's are given the same hidden states, those of the source before it, and ||release - source|| / ||source|| is
+    taken after it, over every eighth row. Empty in records of before it was measured."""
     divergence_by_layer: LayerDivergence | None = None
     """The divergence as if the network ended after each layer; null in records of before it was measured."""
 

@@ -2,8 +2,11 @@ import math
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgba
 
+from qwench.result import Figures, LayerDivergence
 from qwench.steps.cards.plots import (
+    ORANGE,
     byte_rows,
     bytes_figure,
     divergence_figure,
@@ -13,7 +16,7 @@ from qwench.steps.cards.plots import (
     shade_range,
     size_text,
 )
-from tests.steps.releases import evaluation, release, row, weight
+from tests.steps.releases import estimate, evaluation, release, row, weight
 
 
 def test_layer_table_has_one_row_per_role_and_gaps_where_nothing_is_quantized():
@@ -35,11 +38,43 @@ def test_shades_do_not_blow_small_differences_up(values, low, high):
     assert shade_range(np.array(values)) == pytest.approx((low, high))
 
 
-def test_layer_figure_shows_every_layer_of_both():
-    figure = layer_figure(release().errors, [0.03, 0.04, 0.05, 0.06, 0.07])
-    weights, hidden = figure.axes[0], figure.axes[1]
+def by_layer(*means):
+    return LayerDivergence(positions=97, by_layer=[estimate(mean, mean / 9) for mean in means])
+
+
+def test_layer_figure_shows_every_layer_of_all_three():
+    found = evaluation(
+        hidden_error_by_layer=[0.03, 0.04, 0.05, 0.09, 0.07],
+        own_error_by_layer=[0.02, 0.01, 0.03, 0.01, 0.02],
+        divergence_by_layer=by_layer(0.1, 0.6, 0.5, 0.7, 0.9),
+    )
+    figure = layer_figure(release().errors, found)
+    weights, hidden, apart = figure.axes[0], figure.axes[1], figure.axes[2]
     assert [t.get_text() for t in weights.get_yticklabels()] == ["attention.q", "mlp.gate"]
-    assert hidden.lines[0].get_ydata() == pytest.approx([3, 4, 5, 6, 7]) and hidden.get_xlim() == (-0.5, 4.5)
+    assert hidden.lines[0].get_ydata() == pytest.approx([3, 4, 5, 9, 7]) and hidden.get_xlim() == (-0.5, 4.5)
+    assert apart.lines[0].get_ydata() == pytest.approx([0.1, 0.6, 0.5, 0.7, 0.9])
+    assert [bar.get_height() for bar in hidden.patches] == pytest.approx([2, 1, 3, 1, 2]) and not apart.patches
+    colours = [bar.get_facecolor() for bar in hidden.patches]
+    assert colours.index(to_rgba(ORANGE)) == 2 and colours.count(to_rgba(ORANGE)) == 1, "the layer that adds most"
+    assert len(layer_figure(release().errors, evaluation()).axes) == 3, "the map, its scale, and one measure"
+    assert len(layer_figure(release().errors, None).axes) == 2
+
+
+def test_layer_figure_shows_a_release_with_and_without_its_corrections():
+    without = evaluation().model_dump(include=set(Figures.model_fields)) | {
+        "hidden_error_by_layer": [0.1, 0.2],
+        "divergence_by_layer": by_layer(0.3, 0.4),
+    }
+    found = evaluation(
+        hidden_error_by_layer=[0.03, 0.04],
+        divergence_by_layer=by_layer(0.1, 0.2),
+        without_corrections=Figures.model_validate(without),
+    )
+    figure = layer_figure([], found)
+    hidden, apart = figure.axes
+    assert hidden.lines[1].get_ydata() == pytest.approx([10, 20]) and apart.lines[1].get_ydata() == pytest.approx([0.3, 0.4])
+    assert [t.get_text() for t in hidden.get_legend().get_texts()] == ["release", "without corrections"]
+    assert hidden.get_ylim()[1] >= 20
 
 
 def test_divergence_figure_tail_is_the_share_beyond():

@@ -157,8 +157,8 @@ def test_files_of_a_gguf_release_stand_one_by_one() -> None:
 
 def test_acceptance_stands_at_its_height() -> None:
     two = [Acceptance(by_position=[estimate(0.8, 0.05), estimate(0.5, 0.05)]), Acceptance(by_position=[estimate(0.7, 0.05)])]
-    markup = acceptance_drawing(*two)
-    assert markup is not None and acceptance_drawing(None, None) is None
+    markup = acceptance_drawing(evaluation(acceptance_source=two[0], acceptance_release=two[1]))
+    assert markup is not None and acceptance_drawing(evaluation(acceptance_source=None, acceptance_release=None)) is None
     drawing = ElementTree.fromstring(markup)
     before, after = marks(drawing, "circle", "before"), marks(drawing, "circle", "after")
     assert (len(before), len(after)) == (2, 1)

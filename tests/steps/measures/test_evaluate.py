@@ -92,9 +92,11 @@ def test_numbers_equal_those_of_whole_logits(source, release):
     assert sum(found.divergence.histogram_counts) == found.tokens
 
 
-def test_error_begins_at_the_changed_layer(source, release):
-    error = evaluate(release, source, rows()).hidden_error_by_layer
+def test_error_begins_at_the_changed_layer_which_alone_adds_any(source, release):
+    found = evaluate(release, source, rows())
+    error, own = found.hidden_error_by_layer, found.own_error_by_layer
     assert error[:2] == [0.0, 0.0] and error[2] > 1e-3 and error[3] > 1e-4
+    assert own[2] > 1e-3 and [own[0], own[1], own[3]] == pytest.approx([0.0, 0.0, 0.0], abs=1e-6)
 
 
 def test_divergence_by_layer_begins_at_the_changed_layer_and_ends_with_the_divergence(source, release):

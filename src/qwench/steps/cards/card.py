@@ -36,6 +36,7 @@ from qwench.steps.cards.values import (
     origin_of,
     rendered,
     task_values,
+    verified_text,
 )
 
 FILE_NAME = "README.md"
@@ -100,7 +101,10 @@ def card_values(result: Result, config: dict[str, Any], title: str) -> dict[str,
         "release_size": size_text(result.bytes),
         "size_share": f"{100 * result.bytes / result.source.bytes:.1f}%",
         "bits_per_weight": f"{8 * result.bytes / parameters:.2f}" if parameters else NOT_MEASURED,
-        "headline": headline(result),
+        "headline": {
+            name: f"{found} ({without})" if without else found for name, (found, without) in headline(result.evaluation).items()
+        },
+        "verified": verified_text(result),
         "precision": [
             row.model_dump() | {"parameters": count_text(row.parameters), "size": size_text(row.bytes)}
             for row in result.precision

@@ -1,6 +1,6 @@
 """The pictures of a card, each from the record alone.
 
-- `error_by_layer.png`: round-trip error of every quantized role in every layer, and below it what the hidden states have become at that depth.
+- `error_by_layer.png`: round-trip error of every quantized role in every layer, and below it what the hidden states, and what the head makes of them, have become at that depth.
 - `divergence.png`: how the per-token divergence is distributed, and its tail.
 - `bytes.png`: what each component takes in the source and in the release.
 - `experts.png`: which experts stayed, by saliency, and how much of each layer's work.
@@ -24,10 +24,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from qwench.models.map import ROLES
-from qwench.result import Divergence, PrecisionRow, Result, TensorError
+from qwench.result import Divergence, Evaluation, Figures, PrecisionRow, Result, TensorError
+from qwench.steps.cards.layers import costliest, divergences, hidden_errors, own_errors, sides
 from qwench.steps.cards.pruning import pruning_figure
 
-BLUE, ORANGE, GREY, INK = "#0072B2", "#D55E00", "#B8BDC4", "#30343A"
+BLUE, ORANGE, GREEN, GREY, INK = "#0072B2", "#D55E00", "#009E73", "#B8BDC4", "#30343A"
+LINES: dict[str, Callable[[Figures], list[float]]] = {
+    "Hidden states: difference from the source after each layer (%)": hidden_errors,
+    "KL from the source after each layer, through norm and head (nats)": divergences,
+}
+LABELS = {"after": "release", "without": "without corrections"}
 SHADES = LinearSegmentedColormap.from_list("shades", [(0.0, "#C5DDEC"), (0.5, "#4B95C1"), (1.0, "#08306B")])
 STYLE: dict[str, Any] = {
     "font.size": 9.5, "font.family": "DejaVu Sans", "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": "#8A9099",
@@ -58,8 +64,10 @@ def _divergence(result: Result) -> Figure | None:
 
 
 def _layers(result: Result) -> Figure | None:
-    hidden = result.evaluation.hidden_error_by_layer if result.evaluation else []
-    return layer_figure(result.errors, hidden) if hidden or layer_table(result.errors)[0] else None
+    found = result.evaluation
+    return (
+        layer_figure(result.errors, found) if (found and found.hidden_error_by_layer) or layer_table(result.errors)[0] else None
+    )
 
 
 def _bytes(result: Result) -> Figure | None:
@@ -72,25 +80,28 @@ def _experts(result: Result) -> Figure | None:
 
 PLOTS: dict[str, tuple[str, Callable[[Result], Figure | None]]] = {
     "divergence.png": ("Divergence from the source, token by token", _divergence),
-    "error_by_layer.png": ("Error by layer", _layers),
+    "error_by_layer.png": ("Error and KL by layer", _layers),
     "bytes.png": ("Bytes by component", _bytes),
     "experts.png": ("Experts that stayed and experts that went, by saliency", _experts),
 }
 """File name -> caption, and what draws it where it was measured."""
 
 
-def layer_figure(errors: Iterable[TensorError], hidden_errors: list[float]) -> Figure:
-    """Round-trip error as a map of role and layer; hidden-state error as a line under it, on the same layers."""
+def layer_figure(errors: Iterable[TensorError], evaluation: Evaluation | None) -> Figure:
+    """Round-trip error as a map of role and layer; under it error and divergence after each layer as lines, on the same layers."""
     roles, table = layer_table(errors)
-    layers = max(table.shape[1], len(hidden_errors))
-    heights = [0.27 * len(roles) + 0.2] * bool(roles) + [1.7] * bool(hidden_errors)
+    shown = sides(evaluation) if evaluation else []
+    lines = [(title, of) for title, of in LINES.items() if any(of(figures) for _, figures in shown)]
+    layers = max([table.shape[1], *(len(of(figures)) for _, of in lines for _, figures in shown)])
+    heights = [0.27 * len(roles) + 0.2] * bool(roles) + [1.7] * len(lines)
     figure = Figure(figsize=(7.6, sum(heights) + 1.25 + 0.45 * (len(heights) - 1)), layout="constrained")
     figure.set_layout_engine("constrained", hspace=0.06)
     axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     if roles:
         _error_map(figure, axes[0], roles, table)
-    if hidden_errors:
-        _hidden_line(axes[-1], hidden_errors)
+    for axis, (title, of) in zip(axes[bool(roles) :], lines, strict=True):
+        own = own_errors(evaluation) if evaluation and of is hidden_errors else []
+        _depth_lines(axis, title, [(name, of(figures)) for name, figures in shown if of(figures)], own)
     axes[-1].set_xlabel("decoder layer")
     axes[-1].set_xlim(-0.5, layers - 0.5)
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=min(layers, 12)))
@@ -197,11 +208,20 @@ def _error_map(figure: Figure, axis: Any, roles: list[str], table: Any) -> None:
     figure.colorbar(image, ax=axis, pad=0.015, fraction=0.04, aspect=12).outline.set_visible(False)
 
 
-def _hidden_line(axis: Any, errors: list[float]) -> None:
-    axis.plot(range(len(errors)), [100 * e for e in errors], color=ORANGE, marker="o", markersize=3.5, linewidth=1.6)
-    axis.set_title("Hidden states: difference from the source after each layer (%)")
-    axis.set_ylim(0, max(*errors, 1e-9) * 115 if len(errors) > 1 else None)
+def _depth_lines(axis: Any, title: str, series: list[tuple[str, list[float]]], own: list[float]) -> None:
+    """A measure after each layer; as bars what each layer adds by itself, the most of it in another colour."""
+    if own:
+        bars = axis.bar(range(len(own)), own, width=0.5, color=GREY, label="the layer by itself")
+        if (most := costliest(own)) is not None:
+            bars[most].set_color(ORANGE)
+    for name, values in series:
+        look: dict[str, Any] = {"color": BLUE} if name == "after" else {"color": GREEN, "linestyle": (0, (4, 2))}
+        axis.plot(range(len(values)), values, marker="o", markersize=3.5, linewidth=1.6, label=LABELS[name], **look)
+    axis.set_title(title)
+    axis.set_ylim(0, max(*own, *(value for _, line in series for value in line), 1e-12) * 1.15)
     axis.grid(axis="y")
+    if own or len(series) > 1:
+        axis.legend(loc="best", fontsize=8.5, ncols=3)
 
 
 def _mean_line(axis: Any, mean: float) -> None:

@@ -7,7 +7,7 @@ A section whose numbers were not measured says what measures them.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,14 @@ from markupsafe import Markup
 from qwench.errors import CheckpointError
 from qwench.models import map_of, sketch
 from qwench.models.map import LAYER_ROLES, Block
-from qwench.result import Acceptance, Divergence, Evaluation, FileFact, PrecisionRow, PruningFacts, Result, TensorError
+from qwench.result import Divergence, Evaluation, Figures, FileFact, PrecisionRow, PruningFacts, Result, TensorError
 from qwench.steps.cards import svg as svg
 from qwench.steps.cards.engines import TITLES, status
+from qwench.steps.cards.heads import gate_values, graft_values
+from qwench.steps.cards.layers import costliest, divergence_errors, divergences, hidden_errors, own_errors, sides
 from qwench.steps.cards.plots import byte_rows, layer_table, shade_range, size_text
+from qwench.steps.cards.pruning import pruning_values
+from qwench.steps.cards.speculation import speculation_values
 from qwench.steps.cards.values import (
     NOT_MEASURED,
     acceptance_rows,
@@ -33,9 +37,12 @@ from qwench.steps.cards.values import (
     memory_text,
     rendered,
     task_values,
+    verified_text,
 )
 
 FILE_NAME = "report.html"
+READINGS = [("after", "release"), ("without", "without corrections")]
+"""How drawings call the readings of a release."""
 SHADES = 5
 """Steps of the colour scale; their colours are in the page's style."""
 
@@ -73,9 +80,12 @@ def report_values(result: Result, config: dict[str, Any], title: str) -> dict[st
         "weight_rows": error_rows(result.errors),
         "quality": [(name, quality(evaluation)) for name, evaluation in measured],
         "pruning": pruning_drawing(result.pruning) if result.pruning else None,
-        "pruning_warnings": result.pruning.warnings if result.pruning else [],
+        "pruned": pruning_values(result.pruning),
         "calibration": result.calibration,
-        "gate": result.acceptance,
+        "gate": gate_values(result.acceptance),
+        "gates": [(file.name, values) for file in result.files if (values := gate_values(file.acceptance))],
+        "graft": graft_values(result.graft),
+        "proofs": result.load_proofs,
         "engines": [
             (
                 TITLES.get(v.engine, v.engine) + (f", {v.file}" if v.file else ""),
@@ -100,26 +110,26 @@ def measured_networks(result: Result) -> list[tuple[str, Evaluation]]:
     return [(file.name, file.evaluation) for file in result.files if file.evaluation]
 
 
-def tiles(result: Result, measured: list[tuple[str, Evaluation]]) -> list[tuple[str, str]]:
-    """(what, how much) for the top of the page. Of several files the smallest divergence and the largest are shown."""
+def tiles(result: Result, measured: list[tuple[str, Evaluation]]) -> list[tuple[str, str, str]]:
+    """(what, how much, and the same without corrections) for the top of the page. Of several files the smallest divergence and the largest are shown."""
     size = f"{size_text(result.bytes)}, {100 * result.bytes / result.source.bytes:.0f}% of {size_text(result.source.bytes)}"
     if len(measured) > 1:
         means = sorted(evaluation.divergence.mean.mean for _, evaluation in measured)
         sizes = sorted(file.bytes for file in result.files if file.evaluation)
-        found = [(f"size of {len(measured)} files", f"{size_text(sizes[0])} to {size_text(sizes[-1])}")]
+        found = [(f"size of {len(measured)} files", f"{size_text(sizes[0])} to {size_text(sizes[-1])}", "")]
         return [
             *found,
-            ("mean KL, nats per token", f"{means[0]:.2g} to {means[-1]:.2g}"),
-            ("loads in", headline(result)["verified"]),
+            ("mean KL, nats per token", f"{means[0]:.2g} to {means[-1]:.2g}", ""),
+            ("agrees with our reading", verified_text(result), ""),
         ]
-    only = headline(result.model_copy(update={"evaluation": measured[0][1] if measured else None}))
+    only = headline(measured[0][1] if measured else None)
     return [
-        ("size", size),
-        ("mean KL from the source", only["divergence"]),
-        ("same most likely token", only["agreement"]),
-        ("drafts accepted, source / release", only["acceptance"]),
-        ("perplexity, source / release", only["perplexity"]),
-        ("agrees with our reading", only["verified"]),
+        ("size", size, ""),
+        ("mean KL from the source", *only["divergence"]),
+        ("same most likely token", *only["agreement"]),
+        ("drafts accepted, source / release", *only["acceptance"]),
+        ("perplexity, source / release", *only["perplexity"]),
+        ("agrees with our reading", verified_text(result), ""),
     ]
 
 
@@ -202,16 +212,28 @@ def weight_map(errors: list[TensorError]) -> Markup | None:
 
 def quality(evaluation: Evaluation) -> dict[str, Any]:
     """Everything that one evaluation shows."""
-    divergence, hidden = evaluation.divergence, evaluation.hidden_error_by_layer
+    divergence = evaluation.divergence
     drawn = divergence.max > 0 and any(divergence.histogram_counts)
     return {
         "values": evaluation_values(evaluation),
         "histogram": Markup(svg.histogram(divergence.histogram_edges, divergence.histogram_counts, divergence.mean.mean, "tokens by divergence")) if drawn else None,
         "tail": Markup(tail_drawing(divergence)) if drawn else None,
-        "hidden": Markup(svg.lines([("after", [100 * e for e in hidden])], "%", "decoder layer", "difference of hidden states by layer")) if hidden else None,
-        "acceptance": acceptance_drawing(evaluation.acceptance_source, evaluation.acceptance_release),
+        "hidden": depth_drawing(evaluation, hidden_errors, "%", "difference of hidden states by layer", own=own_errors(evaluation)),
+        "own": bool(own_errors(evaluation)),
+        "by_layer": depth_drawing(evaluation, divergences, "", "KL by layer", divergence_errors(evaluation)),
+        "acceptance": acceptance_drawing(evaluation),
         "acceptance_rows": acceptance_rows(evaluation),
+        "speculation": speculation_values(evaluation),
+        "readings": READINGS if evaluation.without_corrections else READINGS[:1],
     }  # fmt: skip
+
+
+def depth_drawing(
+    evaluation: Evaluation, of: Callable[[Figures], list[float]], unit: str, label: str, spread: Sequence[float] = (), own: Sequence[float] = ()
+) -> Markup | None:  # fmt: skip
+    """A measure after every layer, for each reading of the release, over what each layer adds by itself (`own`); None where there is none."""
+    series = [(kind, values) for kind, figures in sides(evaluation) if (values := of(figures))]
+    return Markup(svg.lines(series, unit, "decoder layer", label, spread, own, costliest(own))) if series else None
 
 
 def tail_drawing(divergence: Divergence) -> str:
@@ -224,14 +246,14 @@ def tail_drawing(divergence: Divergence) -> str:
     return svg.tail(points, [mark for mark in marks if mark[1] > 0], "share of tokens at or beyond each divergence")
 
 
-def acceptance_drawing(source: Acceptance | None, release: Acceptance | None) -> Markup | None:
-    """Drafts accepted by position, side by side; None where neither was measured."""
-    sides = {"before": source, "after": release}
-    count = max((len(side.by_position) for side in sides.values() if side), default=0)
+def acceptance_drawing(evaluation: Evaluation) -> Markup | None:
+    """Drafts accepted by position, side by side; None where none were measured."""
+    found = {"before": evaluation.acceptance_source} | {kind: figures.acceptance_release for kind, figures in sides(evaluation)}
+    count = max((len(side.by_position) for side in found.values() if side), default=0)
     if not count:
         return None
     groups = [
-        (str(i + 1), [(k, 100 * s.by_position[i].mean, 100 * s.by_position[i].standard_error) for k, s in sides.items() if s and i < len(s.by_position)])
+        (str(i + 1), [(k, 100 * s.by_position[i].mean, 100 * s.by_position[i].standard_error) for k, s in found.items() if s and i < len(s.by_position)])
         for i in range(count)
     ]  # fmt: skip
     return Markup(svg.intervals(groups, "drafts accepted by position"))

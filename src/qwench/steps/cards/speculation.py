@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from qwench.result import Estimate, Evaluation, Speculation
+from qwench.steps.cards.layers import sides
 
 NOT_MEASURED = "not measured"
 
@@ -14,16 +15,22 @@ def speculation_values(evaluation: Evaluation | None) -> dict[str, Any] | None:
     """What the template fills in; None where neither side was measured.
 
     Returns:
-        `about` (one sentence), `rows` (what, source, release), `threads`.
+        `about` (one sentence), `rows` (what, and its value in each of `values.columns`), `threads`.
     """
-    sides = (evaluation.speculation_source, evaluation.speculation_release) if evaluation else (None, None)
-    measured = [side for side in sides if side]
+    found = (
+        [evaluation.speculation_source, *(figures.speculation_release for _, figures in sides(evaluation))]
+        if evaluation
+        else []
+    )
+    measured = [side for side in found if side]
     if not measured:
         return None
-    rows = [(what, [text(side) if side else NOT_MEASURED for side in sides]) for what, text in _lines(measured[0].drafts)]
     return {
         "about": _about(measured[0]),
-        "rows": [{"what": what, "source": source, "release": release} for what, (source, release) in rows],
+        "rows": [
+            {"what": what, "cells": [text(side) if side else NOT_MEASURED for side in found]}
+            for what, text in _lines(measured[0].drafts)
+        ],
         "threads": f"{measured[-1].threads} thread{'s' if measured[-1].threads != 1 else ''}",
     }
 

@@ -72,18 +72,40 @@ def bars(rows: Sequence[tuple[str, float | None, float]], show: Callable[[float]
     return drawing(WIDTH, 10 + pitch * len(rows), parts, label)
 
 
-def lines(series: Sequence[tuple[str, Sequence[float]]], unit: str, x_name: str, label: str) -> str:
-    """Values over 0, 1, 2 ..., one line for each series: (class, values); the vertical axis begins at 0."""
+def lines(
+    series: Sequence[tuple[str, Sequence[float]]],
+    unit: str,
+    x_name: str,
+    label: str,
+    spread: Sequence[float] = (),
+    under: Sequence[float] = (),
+    marked: int | None = None,
+) -> str:
+    """Values over 0, 1, 2 ..., one line for each series: (class, values); the vertical axis begins at 0.
+
+    Args:
+        spread: standard errors of the first series; none where it is empty.
+        under: values that stand as bars under the lines.
+        marked: the bar of another colour.
+    """
     height = 190.0
-    count = max(len(values) for _, values in series)
-    most = max(max(values) for _, values in series) or 1.0
-    x = linear(0, max(count - 1, 1), LEFT, WIDTH - RIGHT)
+    count = max(len(under), *(len(values) for _, values in series))
+    tops = [value + error for value, error in zip(series[0][1], spread, strict=False)]
+    most = max([*under, *tops, *(value for _, values in series for value in values)]) or 1.0
+    x = linear(-0.5, max(count, 2) - 0.5, LEFT, WIDTH - RIGHT)
     y = linear(0, most * 1.06, height - BOTTOM, TOP)
     parts = _axes(height, y, nice(0, most), lambda v: f"{v:g}{unit}", x, whole(count - 1), lambda v: f"{v:g}", x_name)
+    width = 0.5 * (x(1) - x(0))
+    for i, value in enumerate(under):
+        kind = "mark" if i == marked else "under"
+        parts.append(box(x(i) - width / 2, y(value), width, y(0) - y(value), kind, f"layer {i} by itself: {value:.3g}{unit}"))
+    for i, (value, error) in enumerate(zip(series[0][1], spread, strict=False)):
+        low, high = _n(y(max(value - error, 0))), _n(y(value + error))
+        parts.append(f'<line x1="{_n(x(i))}" x2="{_n(x(i))}" y1="{high}" y2="{low}" class="{series[0][0]} thin"/>')
     for kind, values in series:
         points = " ".join(f"{_n(x(i))},{_n(y(v))}" for i, v in enumerate(values))
         parts.append(f'<polyline points="{points}" class="{kind}"/>')
-        parts += [f'<circle cx="{_n(x(i))}" cy="{_n(y(v))}" r="2.6" class="{kind}"><title>{i}: {v:.3g}{unit}</title></circle>' for i, v in enumerate(values)]  # fmt: skip
+        parts += [f'<circle cx="{_n(x(i))}" cy="{_n(y(v))}" r="2.6" class="{kind}"><title>after layer {i}: {v:.3g}{unit}</title></circle>' for i, v in enumerate(values)]  # fmt: skip
     return drawing(WIDTH, height, parts, label)
 
 
@@ -102,7 +124,8 @@ def histogram(edges: Sequence[float], counts: Sequence[int], mean: float, label:
         parts.append(box(x(edges[i]), y(shares[i]), x(edges[i + 1]) - x(edges[i]) - 0.5, y(0) - y(shares[i]), "after", title))
     if edges[low] <= mean <= edges[high]:
         parts.append(f'<line x1="{_n(x(mean))}" x2="{_n(x(mean))}" y1="{TOP}" y2="{_n(y(0))}" class="mark"/>')
-        parts.append(text(x(mean) + 4, TOP + 9, f"mean {mean:.2g}", kind="small"))
+        side = ("end", -4) if x(mean) > WIDTH - 90 else ("start", 4)
+        parts.append(text(x(mean) + side[1], TOP + 1, f"mean {mean:.2g}", side[0], "small"))
     return drawing(WIDTH, height, parts, label)
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from qwench.models.facts import component_of
-from qwench.result import Acceptance, Estimate, Evaluation, Result, RunFacts, TaskScore, TensorError
+from qwench.result import Acceptance, Estimate, Evaluation, Figures, Result, RunFacts, TaskScore, TensorError
+from qwench.steps.cards.layers import layer_words, sides
 from qwench.steps.cards.plots import size_text
 
 NOT_MEASURED = "not measured"
@@ -75,25 +76,40 @@ def _exponent(value: float) -> int:
     return int(f"{value:.1e}".partition("e")[2])
 
 
-def headline(result: Result) -> dict[str, str]:
-    """What stands at the top: divergence, perplexity, agreement, acceptance, and the engines that agree."""
-    evaluation = result.evaluation
-    verified = [f"{v.engine} {v.version}" for v in result.verifications if v.outcome == "agrees"]
-    rows = acceptance_rows(evaluation)
+def headline(evaluation: Evaluation | None) -> dict[str, tuple[str, str]]:
+    """What stands at the top: divergence, perplexity, agreement, acceptance at position 1; each with what it is without corrections, "" where there are none."""
+    if evaluation is None:
+        return dict.fromkeys(("divergence", "perplexity", "agreement", "acceptance"), (NOT_MEASURED, ""))
+    drafts = acceptance_rows(evaluation)[:1]
+    cells = drafts[0]["cells"] if drafts else []
     return {
-        "divergence": f"{with_error(evaluation.divergence.mean)} nats" if evaluation else NOT_MEASURED,
-        "perplexity": f"{_perplexity(evaluation.perplexity_source)} / {_perplexity(evaluation.perplexity_release)}"
-        if evaluation
-        else NOT_MEASURED,
-        "agreement": with_error(evaluation.top1_agreement, 100, "%") if evaluation else NOT_MEASURED,
-        "acceptance": f"{rows[0]['source']} / {rows[0]['release']}" if rows else NOT_MEASURED,
-        "verified": ", ".join(verified) or "no engine yet",
+        "divergence": _both(evaluation, lambda found: f"{with_error(found.divergence.mean)} nats"),
+        "perplexity": _both(
+            evaluation, lambda found: _perplexity(found.perplexity_release), f"{_perplexity(evaluation.perplexity_source)} / "
+        ),
+        "agreement": _both(evaluation, lambda found: with_error(found.top1_agreement, 100, "%")),
+        "acceptance": (" / ".join(cells[:2]) or NOT_MEASURED, f"without corrections {cells[2]}" if len(cells) > 2 else ""),
     }
 
 
+def _both(evaluation: Evaluation, text: Callable[[Figures], str], before: str = "") -> tuple[str, str]:
+    without = evaluation.without_corrections
+    return before + text(evaluation), f"without corrections {text(without)}" if without else ""
+
+
+def verified_text(result: Result) -> str:
+    """Engines that agree with our reading of the files, and whether with corrections: `vllm 0.32, gptqmodel 7.7.0 (alone, with corrections)`."""
+    how: dict[str, list[str]] = defaultdict(list)
+    for found in result.verifications:
+        if found.outcome == "agrees":
+            how[f"{found.engine} {found.version.partition(',')[0]}"].append("with corrections" if found.adapter else "alone")
+    corrected = any("with corrections" in said for said in how.values())
+    names = [f"{name} ({', '.join(sorted(set(said)))})" if corrected else name for name, said in how.items()]
+    return ", ".join(names) or "no engine yet"
+
+
 def evaluation_values(evaluation: Evaluation) -> dict[str, Any]:
-    """An evaluation as text."""
-    divergence = evaluation.divergence
+    """An evaluation as text: what it was measured on, the `columns` of its table, and the `rows` of it."""
     return {
         "text": evaluation.text,
         "text_sha256": evaluation.text_sha256,
@@ -103,24 +119,47 @@ def evaluation_values(evaluation: Evaluation) -> dict[str, Any]:
         "length": evaluation.length or NOT_MEASURED,
         "tokens": f"{evaluation.tokens:,}",
         "dtype": evaluation.compute_dtype,
-        "mean": with_error(divergence.mean),
-        "p99": f"{divergence.p99:.3g}",
-        "p999": f"{divergence.p999:.3g}",
-        "max": f"{divergence.max:.3g}",
-        "perplexity_source": _perplexity(evaluation.perplexity_source),
-        "perplexity_release": _perplexity(evaluation.perplexity_release),
-        "loss_increase": with_error(evaluation.loss_increase) if evaluation.loss_increase else NOT_MEASURED,
-        "agreement": with_error(evaluation.top1_agreement, 100, "%"),
+        "mean": with_error(evaluation.divergence.mean),
+        "layers": layer_words(evaluation),
+        "layer_positions": evaluation.divergence_by_layer.positions if evaluation.divergence_by_layer else 0,
+        "columns": columns(evaluation),
+        "rows": figure_rows(evaluation),
     }
 
 
+def columns(evaluation: Evaluation) -> list[str]:
+    """What stands side by side in tables: the source and each reading of the release."""
+    return ["source", *(["with corrections", "without"] if evaluation.without_corrections else ["release"])]
+
+
+def figure_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """What was measured, and its value in each of `columns`; "" where the source has none."""
+    found = [figures for _, figures in sides(evaluation)]
+
+    def row(what: str, text: Callable[[Figures], str], source: str = "") -> dict[str, Any]:
+        return {"what": what, "cells": [source, *(text(figures) for figures in found)]}
+
+    return [
+        row("KL, mean", lambda f: with_error(f.divergence.mean)),
+        row("KL, 99% of tokens at most", lambda f: f"{f.divergence.p99:.3g}"),
+        row("KL, 99.9% of tokens at most", lambda f: f"{f.divergence.p999:.3g}"),
+        row("KL, largest", lambda f: f"{f.divergence.max:.3g}"),
+        row("perplexity", lambda f: _perplexity(f.perplexity_release), _perplexity(evaluation.perplexity_source)),
+        row(
+            "negative log-likelihood, release minus source (nats)",
+            lambda f: with_error(f.loss_increase) if f.loss_increase else NOT_MEASURED,
+        ),
+        row("same most likely token", lambda f: with_error(f.top1_agreement, 100, "%")),
+    ]
+
+
 def acceptance_rows(evaluation: Evaluation | None) -> list[dict[str, Any]]:
-    """Source and release side by side, by draft position."""
+    """Drafts accepted by position, in each of `columns`."""
     if evaluation is None:
         return []
-    sides = {"source": evaluation.acceptance_source, "release": evaluation.acceptance_release}
-    positions = max((len(side.by_position) for side in sides.values() if side), default=0)
-    return [{"position": i + 1} | {name: _at(side, i) for name, side in sides.items()} for i in range(positions)]
+    found = [evaluation.acceptance_source, *(figures.acceptance_release for _, figures in sides(evaluation))]
+    positions = max((len(side.by_position) for side in found if side), default=0)
+    return [{"position": i + 1, "cells": [_at(side, i) for side in found]} for i in range(positions)]
 
 
 def _at(side: Acceptance | None, position: int) -> str:

@@ -134,6 +134,7 @@ def _compared(original: Side, source: Read, side: Side, release: Read, asked: As
         loss_increase=_estimate(clustered_mean(measures.loss_release - measures.loss_source, documents)),
         top1_agreement=_estimate(clustered_mean(measures.agrees, documents)),
         hidden_error_by_layer=release.errors,
+        own_error_by_layer=release.own,
         divergence_by_layer=_by_layer(original, source, side, release, asked),
         acceptance_release=measured_acceptance(side.trunk, release.normed, measures.greedy_release, ids),
         speculation_release=_speculation(side, asked),
