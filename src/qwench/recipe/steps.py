@@ -20,12 +20,14 @@ class GptqSettings(Strict):
     order: activation order. `grouped`: whole groups by importance, then columns within them. `static`: columns by importance, groups stay where they are. `dynamic`
         (desc_act): groups follow the order, a g_idx is stored, and few engines read it. `none`. Left out: what is best for each scheme.
     damping: added to the second moment's diagonal, as a share of its mean.
+    scarcity: more of it where tokens are few: this times columns over tokens. What a moment over few tokens says of directions is mostly chance, and error feedback would follow it.
     search: how scales are chosen where a rule asks for no search of its own: `mse`: for each group the one of least output error, among smaller ones.
     least_tokens: a weight that fewer tokens reached is rounded with searched scales instead, and reported.
     """
 
     order: Literal["grouped", "static", "dynamic", "none"] | None = None
     damping: float = Field(0.03, gt=0, le=1)
+    scarcity: float = Field(0.5, ge=0, le=10)
     search: Literal["mse", "none"] = "mse"
     least_tokens: int = Field(128, ge=1)
 

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from qwench.methods.eora import eora
+from qwench.methods.feedback import GREATEST_DAMPING
 from qwench.methods.gptq import GptqOptions, gptq
 from qwench.methods.rtn import round_fused
 from qwench.models.map import Block, Slot
 from qwench.numerics import Quantized, Scheme
-from qwench.recipe import Correct, Quantize
+from qwench.recipe import Correct, GptqSettings, Quantize
 from qwench.steps.planning.jobs import WeightSet, weight_sets
 from qwench.stream.live import LiveBlock
 from qwench.stream.mixture import in_mixture, moments_of
@@ -77,7 +78,7 @@ class Rounding:
         order = self.settings.gptq.order
         if order == "dynamic" and not weights.scheme.ordered:
             order = None  # a scheme without a place for the order
-        options = GptqOptions(damping=self.settings.gptq.damping, order=order, search=self.settings.gptq.search)
+        options = GptqOptions(damping=damping_for(self.settings.gptq, moment), order=order, search=self.settings.gptq.search)
         rounded, report = gptq(
             values, moment.second, moment.count, weights.scheme, options, enough=self.settings.gptq.least_tokens
         )
@@ -88,6 +89,12 @@ class Rounding:
                 f"loss {report.relative:.3f} of rounding, damping {report.damping:g}, {report.dead} dead columns"
             )
         return rounded
+
+
+def damping_for(settings: GptqSettings, moment: Moment) -> float:
+    """The damping of a second moment: what the recipe says, and more where it was summed over few tokens for its columns."""
+    scarce = settings.scarcity * len(moment.magnitude) / max(1, moment.count)
+    return min(settings.damping + scarce, GREATEST_DAMPING)
 
 
 def corrected(settings: Correct, value: Tensor, quantized: Quantized, moment: Moment) -> tuple[Quantized, str]:
