@@ -75,7 +75,7 @@ def plan(recipe: RecipeArgument, model: ModelOption, donor: DonorOption = None, 
 
 @command(
     "Make",
-    "qwench run nvfp4a16 --model demo:dense --out ./first",
+    "qwench run nvfp4a16 --model demo:dense --out ./first --measure",
     "qwench run gguf --model demo:dense --out ./first-GGUF",
     "qwench run awq-int4-mtp --model Qwen/Qwen3.5-9B --out ./Qwen3.5-9B-AWQ --device cuda",
 )
@@ -96,17 +96,29 @@ def run(
     device: DeviceOption = "auto",
     compute: ComputeOption = None,
     threads: ThreadsOption = 0,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure", help="Then verify it in an engine, measure it against MODEL, and write its card: the whole job."
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Make a release. A run that was stopped goes on where it stood when the same command is given again."""
     from qwench.cli.ending import show_ending
     from qwench.models.place import memory_is_told, place_of
+    from qwench.result import read_result
     from qwench.run import run_recipe
 
     place = place_of(device, compute)
     made = load_recipe(recipe).calibrated_on(calibration, samples, length)
     with display.progress("release") as report, memory_is_told(place):
         result = run_recipe(made, model, out, threads, report, donor, accept_any, place)
+    if measure:
+        from qwench.cli.proving import measure_and_card
+
+        measure_and_card(out, model, place_of(device, "float32"), show=not as_json)
+        result = read_result(out)
     if as_json:
         print_json(result.model_dump(mode="json"))
     else:
@@ -123,11 +135,9 @@ def demo(
 ) -> None:
     """Run the whole job on a checkpoint that the package carries: make, verify, evaluate, card."""
     from qwench.cli.ending import show_ending
-    from qwench.measuring import evaluate_gguf_release, evaluate_release, verify_gguf_release, verify_release
+    from qwench.cli.proving import measure_and_card
     from qwench.result import read_result
     from qwench.run import run_recipe
-    from qwench.steps.cards.card import write_card
-    from qwench.steps.gguf.verify import is_gguf
 
     model = f"demo:{'moe' if moe else 'dense'}"
     if force and (out / "result.json").is_file():
@@ -135,13 +145,5 @@ def demo(
     out.parent.mkdir(parents=True, exist_ok=True)
     with display.progress("release") as report:
         run_recipe(load_recipe(recipe), model, out, 0, report, donor)
-    made_of_gguf = is_gguf(out)
-    for found in verify_gguf_release(out, "llama.cpp", None, None) if made_of_gguf else [verify_release(out, "transformers")]:
-        display.show_verification(found)
-    with display.progress("evaluation", unit="blocks") as report:
-        if made_of_gguf:
-            display.show_ladder(evaluate_gguf_release(out, model, None, 16, 512, report))
-        else:
-            display.show_evaluation(evaluate_release(out, model, None, 16, 512, report))
-    display.out.print(f"card: {write_card(out)}\n")
+    measure_and_card(out, model)
     show_ending(read_result(out), out, model)

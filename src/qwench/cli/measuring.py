@@ -119,7 +119,7 @@ def verify(
         typer.Option(
             "--engine",
             metavar="NAME",
-            help="transformers, vllm, gptqmodel, auto-round, llama.cpp; left out: llama.cpp for GGUF, else transformers. "
+            help="transformers, vllm, gptqmodel, auto-round, llama.cpp; left out: the one whose format it is. "
             "With --offline: vllm, sglang (also sglang-0.5.19, sglang-0.5.21), transformers.",
         ),
     ] = None,
@@ -150,6 +150,7 @@ def verify(
         _verify_offline(release, engine or "vllm", as_json)
         return
     from qwench.measuring import verify_gguf_release, verify_release
+    from qwench.steps.checks.natural import natural_engine
     from qwench.steps.gguf.verify import is_gguf, refuse_gguf_questions
 
     if is_gguf(release):
@@ -158,7 +159,7 @@ def verify(
         every = verify_gguf_release(release, engine or "llama.cpp", file, against)
     else:
         refuse_gguf_questions(release, engine, file, against)
-        every = [verify_release(release, engine or "transformers", adapter)]
+        every = [verify_release(release, engine or natural_engine(release), adapter)]
     if as_json:
         data = [found.model_dump(mode="json") for found in every]
         print_json(data if is_gguf(release) else data[0])

@@ -34,6 +34,12 @@ def reproduce(
         typer.Option("--model", metavar="MODEL", help="The source, where it was a local folder; the hub's is fetched again."),
     ] = None,
     donor: DonorOption = None,
+    calibration: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Where the calibration text lies, where the recipe names a local one.")
+    ] = None,
+    importance: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Where the importance file lies, where the recipe names a local one.")
+    ] = None,
     device: Annotated[
         str | None, typer.Option("--device", metavar="NAME", help="cpu, cuda, cuda:NUMBER; left out, as the release was made.")
     ] = None,
@@ -43,7 +49,8 @@ def reproduce(
     from qwench.reproduce import reproduce as make_again
 
     with display.progress("release") as report:
-        found = make_again(release, out, report, model, donor, device)
+        inputs = {what: said for what, said in (("calibration", calibration), ("importance", importance)) if said}
+        found = make_again(release, out, report, model, donor, device, inputs)
     if as_json:
         print_json(asdict(found) | {"same": found.same})
     else:
