@@ -1,10 +1,11 @@
 """What each bundled recipe costs on the demo checkpoints: size, divergence, acceptance, readers, time and memory, side by side in one run.
 
-    python -m benchmarks.quality [--models dense moe] [--recipes nvfp4a16 gguf ...] [--engines vllm ...]
+    python -m benchmarks.quality [--models dense moe] [--recipes nvfp4a16 gguf ...] [--engines vllm ...] [--compute bfloat16]
 
 Each release is made by the command line in a process of its own, then measured on the held-out text that the package carries (32 documents of 512 tokens). Recipes
-that read rows read 64 of 512 tokens of the carried calibration text, whatever data set they name: the demo checkpoints speak nothing else. A recipe that grafts gets
-the demo checkpoint without its MTP head for a fine-tune, and the whole one for a donor.
+that read rows read 64 of 512 tokens of the carried calibration text, whatever data set they name: the demo checkpoints speak nothing else. AutoRound tunes for 50 steps of
+4 rows and not 200 of 8, which would be hours on a processor; a row says so. A recipe that grafts gets the demo checkpoint without its MTP head for a fine-tune, and the
+whole one for a donor.
 
 A recipe is made for a model where it reaches the bulk of its weights: one that names no experts is not measured on a mixture, one that prunes not on a dense model.
 
@@ -26,6 +27,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from qwench.demo import checkpoint
 from qwench.display import Report
 from qwench.errors import EngineError
@@ -36,6 +39,7 @@ from qwench.steps.checks.proof import offline
 
 DOCUMENTS, LENGTH = 32, 512
 ROWS = ("--calibration", "carried", "--samples", "64", "--length", "512")
+TUNED = {"iterations": 50, "batch": 4}
 HEADLESS = "name: headless\nsteps:\n  - export: {drop: [mtp]}\n"
 PROVED = ("vllm", "sglang")
 """Engines whose loading is played through from the headers; transformers and llama.cpp are run."""
@@ -58,16 +62,29 @@ def fits(recipe: Recipe, which: str) -> bool:
     return recipe.quantize is None or any(fnmatch("expert.gate", glob) for rule in recipe.quantize.rules for glob in rule.roles)
 
 
-def make(name: str, which: str, work: Path) -> Made:
+def make(name: str, which: str, work: Path, compute: str | None) -> Made:
     """A release of a demo checkpoint by a bundled recipe. Raises SystemExit where the command fails."""
-    recipe, model, out = load_recipe(name), f"demo:{which}", work / name
-    words = ["run", name, "--out", str(out), *(ROWS if recipe.calibrated else ())]
+    recipe, model, out = load_recipe(name), f"demo:{which}", work / "out" / name
+    out.parent.mkdir(exist_ok=True)
+    words = ["run", str(_shortened(recipe, work)), "--out", str(out), *(ROWS if recipe.calibrated else ())]
+    words += ["--compute", compute] if compute and recipe.calibrated else []
     if recipe.graft:
         words += ["--donor", model]
         model = str(_without_head(model, work))
     started = time.monotonic()
     usage = _qwench(*words, "--model", model)
     return Made(out, time.monotonic() - started, usage.ru_utime + usage.ru_stime)
+
+
+def _shortened(recipe: Recipe, work: Path) -> str | Path:
+    """The recipe's name; where it tunes, the path of the same with fewer steps."""
+    if recipe.quantize is None or recipe.quantize.method != "autoround":
+        return recipe.name
+    data = yaml.safe_load(bundled()[recipe.name])
+    next(step for step in data["steps"] if "quantize" in step)["quantize"]["autoround"] = TUNED
+    path = work / f"{recipe.name}.yaml"
+    path.write_text(yaml.safe_dump(data), encoding="utf-8")
+    return path
 
 
 def _without_head(model: str, work: Path) -> Path:
@@ -122,6 +139,7 @@ def row(name: str, which: str, made: Made, found: Evaluation, nbytes: int) -> di
         "kl_p999": found.divergence.p999, "top1": found.top1_agreement.mean,
         "perplexity_source": found.perplexity_source.mean, "perplexity_release": found.perplexity_release.mean,
         "acceptance_1_source": _first(found.acceptance_source), "acceptance_1_release": _first(found.acceptance_release),
+        "tuning": f"{TUNED['iterations']} steps of {TUNED['batch']} rows" if "autoround" in name else None,
         "rows": f"{calibration.rows} of {calibration.length}" if calibration else None,
         "compute": result.run.compute, "wall_seconds": round(made.seconds, 1), "cpu_seconds": round(made.cpu_seconds, 1),
         "peak_rss_mib": round(result.run.peak_rss / 2**20),
@@ -150,13 +168,14 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", choices=["dense", "moe"], default=["dense", "moe"])
     parser.add_argument("--recipes", nargs="*", choices=sorted(bundled()), default=sorted(bundled()))
     parser.add_argument("--engines", nargs="*", default=[], help="that read the releases besides transformers and llama.cpp")
+    parser.add_argument("--compute", help="what calibrated recipes compute in; left out, what suits the device")
     args = parser.parse_args()
     for which in args.models:
         for name in args.recipes:
             if not fits(load_recipe(name), which):
                 continue
             with tempfile.TemporaryDirectory() as work:
-                rows = list(measure(name, which, make(name, which, Path(work)), args.engines))
+                rows = list(measure(name, which, make(name, which, Path(work), args.compute), args.engines))
             keep(which, name, rows)
             for found in rows:
                 print(

@@ -6,6 +6,7 @@ threads; methods that sum over rows do, so the recorded number is used. What dif
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,14 +16,16 @@ from pydantic import ValidationError
 from qwench.checkpoint.hub import DEMO, ID, locate
 from qwench.checkpoint.reader import Checkpoint
 from qwench.display import Report
-from qwench.errors import CheckpointError, RecipeError
+from qwench.errors import CheckpointError, RecipeError, TextError, suggestion_beside
 from qwench.models.place import place_of
 from qwench.recipe import Recipe
+from qwench.recipe.shared import with_inputs
 from qwench.run import run_recipe
 from qwench.steps.provenance import (
     Provenance,
     SourceProof,
     differing,
+    input_proof,
     machine,
     read_provenance,
     release_hashes,
@@ -68,21 +71,25 @@ class Reproduction:
 
 
 def reproduce(
-    release: Path, out: Path, report: Report, model: str | None = None, donor: str | None = None, device: str | None = None
-) -> Reproduction:
+    release: Path, out: Path, report: Report, model: str | None = None, donor: str | None = None, device: str | None = None,
+    inputs: Mapping[str, str] | None = None,
+) -> Reproduction:  # fmt: skip
     """Make a release again into `out` and compare.
 
     Args:
         release: the folder of the release; `provenance.json` alone is enough.
         model, donor: where the sources lie, for those that came from a local folder.
         device: where layers run, in place of where they ran.
+        inputs: where local files that the recipe names lie now: `calibration`, `importance`.
 
     Raises:
         CheckpointError: no provenance, or a source that is not the recorded one.
+        TextError: a local file that the recipe names was not given, or is not the recorded one.
         UserError: whatever `run_recipe` raises.
     """
     recorded = read_provenance(release)
-    recipe = recipe_of(recorded, release)
+    check_inputs(recorded, inputs or {})
+    recipe = recipe_of(recorded, release, inputs or {})
     model = model or origin_of(recorded.source, "--model")
     donor = donor or (origin_of(recorded.donor, "--donor") if recorded.donor else None)
     check_source(recorded.source, model)
@@ -100,10 +107,31 @@ def reproduce(
     return Reproduction(compare(recorded, read_provenance(out), release, out), notes)
 
 
-def recipe_of(recorded: Provenance, release: Path) -> Recipe:
-    """The recipe in a provenance. Raises RecipeError where this version does not know it any more."""
+def check_inputs(recorded: Provenance, inputs: Mapping[str, str]) -> None:
+    """Whether every local file that the recipe named is here again. Raises TextError naming the option, or the file that is another."""
+    for what, proof in recorded.inputs.items():
+        if what not in inputs:
+            raise TextError(
+                f"the recipe reads {proof.name}, which lay on the machine that made the release",
+                f"say where it lies now, with --{what} FILE",
+            )
+    for what, said in inputs.items():
+        if what not in recorded.inputs:
+            raise TextError(f"the recipe names no local file for {what}, {said} was given", f"leave --{what} out")
+        path, wanted = Path(said).expanduser(), recorded.inputs[what]
+        if not path.exists():
+            raise TextError(f"there is no {path}{suggestion_beside(path)}", f"say where {wanted.name} lies")
+        if (found := input_proof(path)).sha256 != wanted.sha256:
+            raise TextError(
+                f"{path} is not the {wanted.name} that the release was made with: SHA-256 {found.sha256}, {wanted.sha256} is recorded",
+                "give that very file",
+            )
+
+
+def recipe_of(recorded: Provenance, release: Path, inputs: Mapping[str, str]) -> Recipe:
+    """The recipe in a provenance, with local files where they lie now. Raises RecipeError where this version does not know it any more."""
     try:
-        return Recipe.model_validate(recorded.recipe)
+        return Recipe.model_validate(with_inputs(recorded.recipe, inputs))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])

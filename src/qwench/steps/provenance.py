@@ -11,7 +11,7 @@ How a file of the source was hashed is said beside its hash:
     sampled    SHA-256 of the header of a safetensors file and of the first and last 4 KiB of each tensor: it tells another model, another training, a resave;
                it would miss a change in the middle of a tensor
 
-A local source is named by its folder alone: where it lay is nobody else's business.
+A local source is named by its folder alone, and so is a local file that the recipe reads (calibration text, importance): where it lay is nobody else's business.
 """
 
 from __future__ import annotations
@@ -36,13 +36,14 @@ from qwench.checkpoint.header import read_header
 from qwench.checkpoint.hub import Located
 from qwench.checkpoint.sidecars import SIDECARS
 from qwench.errors import CheckpointError
-from qwench.recipe import Recipe, recipe_data
+from qwench.recipe import Recipe
+from qwench.recipe.shared import DONOR, local_inputs, public_data
 from qwench.result import FILE_NAME as RECORD
 from qwench.result import Record, Result, check_format
 from qwench.result.record import NO_UNIT, Bytes, Seconds, Tensors, unit
 
 FILE_NAME = "provenance.json"
-FORMAT = 1
+FORMAT = 2
 """Of the file; see `qwench.result.release.FORMAT`."""
 CHANGING = {FILE_NAME, RECORD, RECORD + ".new", "README.md", "report.html"}
 """Files of a release that are not what a run alone made of its source."""
@@ -80,6 +81,15 @@ class SourceProof(Record):
     """What was read of it."""
 
 
+class InputProof(Record):
+    """A file or folder that a recipe names by its path."""
+
+    name: str
+    """Without the place where it lay."""
+    sha256: str | None = None
+    """Of the file; null of a folder, whose text the hash of the rows stands for."""
+
+
 class Machine(Record):
     """What ran it, without its name."""
 
@@ -99,7 +109,9 @@ class Provenance(Record):
     format: Annotated[int, unit(NO_UNIT)] = FORMAT
     """Of this file; newer ones are refused."""
     recipe: dict[str, Any]
-    """With all defaults."""
+    """With all defaults; of local files the names alone."""
+    inputs: dict[str, InputProof] = Field(default_factory=dict)
+    """Local files that the recipe names: `calibration`, `importance`. Who makes the release again says where they lie."""
     accept_any: bool = False
     """Whether the run was told to finish whatever its MTP head is worth."""
     source: SourceProof
@@ -157,7 +169,8 @@ def seal(folder: Path, origin: Origin, result: Result) -> dict[str, bytes]:
     """The provenance of the release that lies finished in `folder`, as a file for it: name -> content."""
     calibration, run = result.calibration, result.run
     provenance = Provenance(
-        recipe=recipe_data(origin.recipe),
+        recipe=public_data(origin.recipe),
+        inputs=input_proofs(origin.recipe),
         accept_any=origin.accept_any,
         source=source_proof(origin.source),
         donor=source_proof(origin.donor) if origin.donor else None,
@@ -165,7 +178,7 @@ def seal(folder: Path, origin: Origin, result: Result) -> dict[str, bytes]:
         calibration_sha256=calibration.text_sha256 if calibration else None,
         rows_sha256=calibration.ids_sha256 if calibration else None,
         versions=versions(),
-        seeds=dict(seeds(recipe_data(origin.recipe))),
+        seeds=dict(seeds(public_data(origin.recipe))),
         threads=run.threads,
         device=run.device,
         compute=run.compute,
@@ -202,6 +215,17 @@ def release_hashes(folder: Path) -> list[FileHash]:
 
 def _changes(name: Path) -> bool:
     return name.as_posix() in CHANGING or name.parts[0] in CHANGING_FOLDERS
+
+
+def input_proofs(recipe: Recipe) -> dict[str, InputProof]:
+    """The local files that a recipe names, but the donor, which is a source with a proof of its own."""
+    return {what: input_proof(path) for what, path in local_inputs(recipe).items() if what != DONOR}
+
+
+def input_proof(path: Path) -> InputProof:
+    """One of them."""
+    name = path.resolve().name
+    return InputProof(name=name, sha256=whole_hash(path, name).sha256 if path.is_file() else None)
 
 
 def source_proof(located: Located) -> SourceProof:

@@ -16,7 +16,7 @@ from qwench.models.geometry import read_geometry
 from qwench.models.map import ModelMap
 from qwench.models.place import Place, peak_vram
 from qwench.models.pruned import Pruned
-from qwench.recipe import recipe_data
+from qwench.recipe.shared import public_data
 from qwench.result import CalibrationFacts, FileFact, PrunedLayer, PruningFacts, Result, RunFacts, SourceFacts, TensorError
 from qwench.steps.calibrate import PRUNED, Calibrated
 from qwench.steps.materials.material import Material
@@ -39,7 +39,7 @@ def first_record(
 ) -> Result:
     """The record of a finished run."""
     return Result(
-        recipe=recipe_data(plan.recipe),
+        recipe=public_data(plan.recipe),
         source=source_facts(material.origin, survey(material.origin).map, material.located),
         files=[FileFact(name=f.name, bytes=f.nbytes) for f in plan.files],
         precision=precision_rows(plan),

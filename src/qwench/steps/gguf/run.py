@@ -24,7 +24,7 @@ from qwench.machine import peak_rss
 from qwench.models import survey
 from qwench.models.place import Place
 from qwench.numerics.ggml_native import library
-from qwench.recipe import recipe_data
+from qwench.recipe.shared import public_data
 from qwench.result import FILE_NAME, AcceptanceCheck, CalibrationFacts, FileFact, Result, RunFacts
 from qwench.steps.calibrate import Calibrated
 from qwench.steps.cards.card import FILE_NAME as CARD
@@ -175,7 +175,7 @@ def _record(
         if "file" in remark:
             next(f for f in described if f.name == remark["file"]).notes.append(str(remark["says"]))
     return Result(
-        recipe=recipe_data(plan.recipe),
+        recipe=public_data(plan.recipe),
         source=source_facts(material.origin, survey(material.origin).map, material.located),
         files=described,
         precision=[],
