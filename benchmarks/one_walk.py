@@ -5,7 +5,7 @@
 
 One walk; the same two steps as two runs of ours, the second on the folder of the first; and what users of other tools do: llm-compressor's REAP modifier, then auto-round on its folder. The same
 calibration ids, iterations, bits and groups; a process of its own for each pass, one thread; the MTP head is measured by nobody. Further pairs, without a peer: pruning and rounding to
-nearest, pruning and GPTQ. Times of two passes are sums, their memory is the larger one. `read`: bytes of weights that the passes read.
+nearest, pruning and GPTQ; and one walk with a third of the iterations, since one walk tunes against the layers with all their experts and needs fewer. Times of two passes are sums, their memory is the larger one. `read`: bytes of weights that the passes read.
 
 Writes `benchmarks/results/one-walk-moe.json` and `.md`.
 """
@@ -54,7 +54,7 @@ def _ours(name: str, method: str, prune: bool, tuned: bool, after: str | None = 
     return Entrant(name, OURS, "-" if method == "prune" else "C", method, told, models=("moe",), tuned=tuned, after=after)
 
 
-def ways(compute: str) -> list[Way]:
+def ways(compute: str, iterations: int) -> list[Way]:
     """Every way, ours in the given numbers."""
     numbers = {"compute": compute}
     first = _ours(f"pruned-{compute}", "prune", True, True, **numbers)
@@ -68,7 +68,10 @@ def ways(compute: str) -> list[Way]:
             Way(what, f"qwench, one walk, {compute}", (one,)),
             Way(what, f"qwench, two passes, {compute}", (first, second)),
         ]
-    return found
+    few = _ours(
+        f"one-autoround-few-{compute}", "autoround", True, True, autoround={"iterations": max(1, iterations // 3)}, **numbers
+    )
+    return [*found, Way("autoround", f"qwench, one walk, {iterations // 3} iterations, {compute}", (few,))]
 
 
 def theirs() -> Way:
@@ -94,7 +97,9 @@ def compare(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     told = written_rows("moe", args.rows, args.length, args.iterations, args.batch, work)
     judge = Judge(checkpoint("moe"), held_out_rows(checkpoint("moe"), args.held, args.length).ids)
     rows, found = list[dict[str, Any]](), dict[str, Judgement]()
-    chosen = [way for compute in args.compute for way in ways(compute) if not args.only or way.what in args.only] + [theirs()]
+    chosen = [
+        way for compute in args.compute for way in ways(compute, args.iterations) if not args.only or way.what in args.only
+    ] + [theirs()]
     for way in chosen:
         runs = [run(entrant, "moe", told, work / entrant.name, args.timeout) for entrant in way.passes]
         failed = next((r.why_not for r in runs if r.why_not), None)

@@ -108,7 +108,7 @@ def _job(entrant: Entrant, model: Model, told: Calibration, folder: Path) -> dic
     tuning = {"iterations": told.iterations, "batch": told.batch} if entrant.tuned else {}
     settings: dict[str, Any] = {**entrant.settings, **tuning}
     if entrant.who == OURS:
-        own = {**entrant.settings, **({"autoround": {**entrant.settings.get("autoround", {}), **tuning}} if tuning else {})}
+        own = {**entrant.settings, **({"autoround": {**tuning, **entrant.settings.get("autoround", {})}} if tuning else {})}
         path = folder / "recipe.yaml"
         made = recipe(entrant.name, entrant.weights, model, entrant.method, own, told.rows, told.length)
         path.write_text(yaml.safe_dump(made, sort_keys=False), encoding="utf-8")
