@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qwench.checkpoint.reader import Checkpoint
-from qwench.errors import CheckpointError, EngineError
+from qwench.errors import EngineError
 from qwench.loading.findings import Finding
 from qwench.loading.proof import TABLES, prove
 from tests.loading.cases import CASES, make, release, variant
@@ -125,7 +125,9 @@ def test_unknown_engines_and_methods(home: Path, tmp_path: Path) -> None:
     with Checkpoint.open(release(home, "dense", "bf16")) as source, pytest.raises(EngineError, match="did you mean 'vllm'"):
         prove(source, "vlm")
     other = variant(
-        release(home, "dense", "bf16"), tmp_path / "m", lambda c: c.update(quantization_config={"quant_method": "awq"})
+        release(home, "dense", "bf16"), tmp_path / "m", lambda c: c.update(quantization_config={"quant_method": "hqq"})
     )
-    with Checkpoint.open(other) as source, pytest.raises(CheckpointError, match="'awq'"):
-        prove(source, "vllm")
+    told = {engine: findings(other, engine)[0] for engine in ENGINES}
+    assert [finding.level for finding in told.values()] == ["refuses", "refuses", "refuses", "unknown"]
+    assert "does not read 'hqq'" in told["vllm"].what and "transformers" in told["vllm"].mend
+    assert "not played through" in told["transformers"].what

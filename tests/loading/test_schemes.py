@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from qwench.loading import sglang_schemes, vllm_schemes
-from qwench.loading.parts import Member, Module
-from qwench.loading.replay import Stop
+from qwench.loading.parts import Member, Module, Stop
 from qwench.loading.sglang import PACKED
 from qwench.loading.vllm import JOINED, PREFIXES
 from qwench.loading.vllm import PACKED as VLLM_PACKED

@@ -17,6 +17,7 @@ WORKERS, REQUEST, ANSWER = (Path(name) for name in sys.argv[1:4])
 sys.path.insert(0, str(WORKERS))
 
 import torch  # noqa: E402
+import vllm_kernels  # noqa: E402
 import vllm_stand_ins  # noqa: E402
 from vllm_ledger import Ledger  # noqa: E402
 
@@ -24,6 +25,7 @@ from vllm_ledger import Ledger  # noqa: E402
 def main() -> None:
     ledger = Ledger().install()
     vllm_stand_ins.install()
+    vllm_kernels.install()
     ANSWER.write_text(json.dumps([loads(ledger, folder) for folder in json.loads(REQUEST.read_text())]))
 
 

@@ -19,7 +19,8 @@ from qwench.loading.parts import Model, Module
 from qwench.models.claims import summary
 
 Read = Callable[[str], Tensor]
-GLOBAL, ORDER = "weight_global_scale", "g_idx"
+GLOBALS, ORDER = ("weight_global_scale", "weight_scale_2"), "g_idx"
+"""The outer scale of NVFP4, as compressed-tensors stores it (a divisor) and as ModelOpt does (a factor)."""
 DIVISORS = "where the engine runs at all it keeps the largest, and the others' weights come out scaled: make the release again with one global scale for what engines join"
 PAIRS = ("gate_proj", "up_proj")
 
@@ -102,7 +103,8 @@ def _schemes(
 
 
 def _divisors(members: list[str], tensors: Mapping[str, TensorEntry], read: Read) -> str | None:
-    values = {m.rpartition(".")[2]: float(read(f"{m}.{GLOBAL}")) for m in members if f"{m}.{GLOBAL}" in tensors}
+    stored = {m: f"{m}.{last}" for m in members for last in GLOBALS if f"{m}.{last}" in tensors}
+    values = {member.rpartition(".")[2]: float(read(name)) for member, name in stored.items()}
     return None if len(set(values.values())) < 2 else ", ".join(f"{name} {value:g}" for name, value in values.items())
 
 

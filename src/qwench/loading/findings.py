@@ -5,6 +5,7 @@
 | refuses  | the engine stops with an error                                                          |
 | random   | it runs, and a parameter holds whatever memory held                                     |
 | lost     | it runs, and a stored tensor is not used                                                |
+| unknown  | the engine reads the format, and was not played through for it: nothing can be told      |
 | wrong    | it runs, and computes something else than what is stored                                |
 | note     | nothing goes wrong, and it is worth knowing                                             |
 
@@ -21,8 +22,8 @@ from typing import Literal
 from qwench.loading.parts import Load, Refused, Rule
 from qwench.models.claims import summary
 
-Level = Literal["refuses", "random", "lost", "wrong", "note"]
-LEVELS: tuple[Level, ...] = ("refuses", "random", "wrong", "lost", "note")
+Level = Literal["refuses", "random", "lost", "wrong", "unknown", "note"]
+LEVELS: tuple[Level, ...] = ("refuses", "random", "wrong", "lost", "unknown", "note")
 """In the order in which they are told."""
 
 
@@ -73,6 +74,7 @@ class Proof:
 
 HEAD = "MTP"
 DOCTOR = "`qwench doctor --fix` does"
+LISTS = "the list of what is not quantized (`ignore`; of GPTQ a `-:` pattern in `dynamic`; `modules_to_not_convert`; `exclude_modules`)"
 ALL_EXPERTS = "no config mends it: this engine quantizes all experts of a GPTQ file. Quantize those that are kept too, use auto-round or compressed-tensors there, or do not draft where it is the head's"
 
 
@@ -83,8 +85,10 @@ def findings_of(loads: Sequence[Load], rules: Iterable[Rule]) -> list[Finding]:
     found = [
         f
         for load in loads
-        for f in (*_refusals(load, cited), *_random(load, cited), *_misfits(load), *_lost(load, consumed, cited))
-    ]
+        for f in (
+            *_refusals(load, cited), *_random(load, cited), *_misfits(load), *_casts(load, cited), *_lost(load, consumed, cited),
+        )
+    ]  # fmt: skip
     return sorted(found, key=lambda finding: LEVELS.index(finding.level))
 
 
@@ -107,11 +111,15 @@ def _anonymous(text: str) -> str:
 def mend_of(why: str) -> str:
     """What to do about a module that the engine builds another way than it is stored, or not at all."""
     if "unquantized and has no" in why:
-        return f"config.json does not say, under the engine's name, that this module is quantized: write patterns that fit; {DOCTOR}"
+        return (
+            f"config.json does not say, under the engine's name, that this module is quantized: write names that fit; {DOCTOR}"
+        )
     if "is built as" in why and not re.search(r"has no '?weight'?$", why):
         return "the file has a name that nothing looks for: fetch it again, or make the release again"
     if "is built as" in why:
-        return f"the file holds this module unquantized: put it into `ignore` (of GPTQ a `-:` pattern in `dynamic`); {DOCTOR}"
+        return f"the file holds this module unquantized: put it into {LISTS}; {DOCTOR}"
+    if "blocks of" in why:
+        return f"this module cannot be in these blocks: where the file holds it unquantized, put it into {LISTS} ({DOCTOR}); else make the release again"
     if "some of its members" in why or "different numbers" in why:
         return f"name all members of the joined module alike; where they are stored alike, {DOCTOR}"
     if "no module or parameter" in why:
@@ -134,6 +142,7 @@ class _Gap:
     whole: bool
     rule: str
     stored: tuple[str, ...]
+    cast: bool = False
 
 
 def _random(load: Load, cited: Mapping[str, str]) -> Iterator[Finding]:
@@ -144,16 +153,17 @@ def _random(load: Load, cited: Mapping[str, str]) -> Iterator[Finding]:
             stored.setdefault(dropped.module, {})[name] = dropped.rule
     alike: dict[_Gap, list[str]] = {}
     example: dict[_Gap, str] = {}
-    stopped = {refusal.module for refusal in load.refusals}
+    stopped = {refusal.module for refusal in load.refusals} | load.misfit_modules
     for module, parameters in _by_module(load).items():
         if module in stopped:
             continue
-        mine = stored.get(module, {})
+        cast = [name for name, found in load.casts.items() if found.module == module and found.stored == "float"]
+        mine = stored.get(module, {}) or dict.fromkeys(cast, "")
         whole = all(parameter in load.unfilled for parameter, home in load.homes.items() if home == module)
         scheme = load.schemes.get(module)
         gap = _Gap(
             scheme.label if scheme else "unquantized", () if whole else tuple(p.rpartition(".")[2] for p in parameters), whole,
-            next(iter(mine.values()), ""), tuple(sorted({n.rpartition(".")[2] for n in mine})),
+            next(iter(mine.values()), ""), tuple(sorted({n.rpartition(".")[2] for n in mine})), bool(cast),
         )  # fmt: skip
         alike.setdefault(gap, []).append(module)
         example.setdefault(gap, _parts(load, parameters))
@@ -183,7 +193,8 @@ def _parts(load: Load, parameters: Sequence[str]) -> str:
 def _gap_told(load: Load, gap: _Gap, modules: Sequence[str], example: str) -> str:
     many = f"{len(modules)} modules" if len(modules) > 1 else "a module"
     what = "all" if gap.whole else f"{', '.join(gap.missing)}{example}"
-    has = f", and the file's {', '.join(gap.stored)} would be dropped" if gap.stored else ", and the file holds nothing for it"
+    fate = "is unquantized, and would be cast" if gap.cast else "would be dropped"
+    has = f", and the file's {', '.join(gap.stored)} {fate}" if gap.stored else ", and the file holds nothing for it"
     return f"{load.model}: {many} would run on whatever memory held ({what}): {summary(modules)}: built {_as(gap.built)}{has}"
 
 
@@ -200,6 +211,10 @@ def _gap_mend(gap: _Gap) -> str:
         return "keep mtp.fc unquantized: make the release again"
     if gap.rule == "fused-for-good":
         return "store kept experts one by one like the quantized ones: make the release again"
+    if gap.rule == "awq-no-experts":
+        return "use vLLM or SGLang: transformers has no module for these experts"
+    if gap.cast:
+        return mend_of("is built as x and has no 'weight'")
     if gap.stored and gap.built == "unquantized":
         return mend_of("unquantized and has no")
     if gap.stored == ("weight",):
@@ -208,23 +223,54 @@ def _gap_mend(gap: _Gap) -> str:
 
 
 def _misfits(load: Load) -> Iterator[Finding]:
-    alike: dict[tuple[tuple[int, ...], tuple[int, ...]], list[str]] = {}
+    """Shapes that stop the engine, told once for each way in which they do not fit."""
+    alike: dict[tuple[str, str, str], list[str]] = {}
     for name, shapes in load.misfits.items():
-        alike.setdefault(shapes, []).append(name)
-    for (stored, expected), names in alike.items():
-        what = f"{load.model} stops: {summary(names)} is {list(stored)}, there is room for {list(expected)}"
-        experts = any(name.endswith("mlp.gate.weight") or ".experts." in name for name in names)
-        mend = (
-            mend_of("config.json says")
-            if HEAD in load.model and experts
-            else f"config.json and file disagree on bits or sizes; patterns must also name what engines join (qkv_proj, gate_up_proj, in_proj_qkvz); {DOCTOR}"
+        cast = load.casts.get(name)
+        alike.setdefault(("" if cast else str(shapes), cast.stored if cast else "", cast.built if cast else ""), []).append(
+            name
         )
-        yield Finding("refuses", load.model, what, mend, tuple(names))
+    for (_, held, built), names in alike.items():
+        stored, expected = load.misfits[names[0]]
+        kind = {("float", built): " and unquantized", (held, "float"): " and quantized"}.get((held, built), "") if held else ""
+        first = f" ({names[0]})" if len(names) > 1 else ""
+        what = f"{load.model} stops: {summary(names)} is {list(stored)}{kind}, there is room for {list(expected)}{first}"
+        yield Finding("refuses", load.model, what, _misfit_mend(load, names, held, built), tuple(names))
+
+
+def _misfit_mend(load: Load, names: Sequence[str], held: str, built: str) -> str:
+    if held:
+        return mend_of("unquantized and has no" if built == "float" else "is built as x and has no 'weight'")
+    if HEAD in load.model and any(name.endswith("mlp.gate.weight") or ".experts." in name for name in names):
+        return mend_of("config.json says")
+    if all(name.endswith("_scale_inv") for name in names):
+        return mend_of("blocks of")
+    return f"config.json and file disagree on bits or sizes; patterns must also name what engines join (qkv_proj, gate_up_proj, in_proj_qkvz); {DOCTOR}"
+
+
+def _casts(load: Load, cited: Mapping[str, str]) -> Iterator[Finding]:
+    """Codes that are copied into a plain parameter: the scales that they need have no place there."""
+    told = _told(load)
+    alike: dict[tuple[str, str], list[str]] = {}
+    for name, found in load.casts.items():
+        if found.module not in told and name not in load.misfits:
+            alike.setdefault((found.stored, found.built), []).append(name)
+    for (stored, built), names in alike.items():
+        words = {"float": "16 or 32 bits", "fp8": "FP8 codes", "bytes": "packed codes"}
+        what = f"{load.model}: {summary(names)}: {words[stored]} are copied into a parameter of {words[built]}, and no scale is applied"
+        mend = mend_of("unquantized and has no" if built == "float" else "is built as x and has no 'weight'")
+        yield Finding("wrong", load.model, what, mend, tuple(names), cited.get("cast", ""))
+
+
+def _told(load: Load) -> set[str]:
+    """Modules and tensors that other findings speak of already."""
+    refused = {name for refusal in load.refusals for name in (refusal.where, refusal.module) if name}
+    return {*_by_module(load), *load.misfit_modules, *refused}
 
 
 def _lost(load: Load, consumed: set[str], cited: Mapping[str, str]) -> Iterator[Finding]:
     """Tensors that no model took and that were not left out by design; told only where nothing else tells it already."""
-    told = {*_by_module(load), *(refusal.where for refusal in load.refusals), *(r.module for r in load.refusals if r.module)}
+    told = _told(load) | {found.module for found in load.casts.values()}
     alike: dict[tuple[str, str], list[str]] = {}
     for name, dropped in load.dropped.items():
         if name not in consumed and not dropped.designed and dropped.module not in told and load.schemes:

@@ -11,8 +11,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
+from qwench.loading.stored import Stored
 from qwench.numerics import Scheme
 
+Built = Scheme | Stored
+"""How a quantized module is built: a scheme of ours in its container, or tensors that another writer's format lays down."""
 Kind = Literal["linear", "experts", "head", "embedding", "plain"]
 PartKey = str
 """A part of a parameter: a member's name (`q_proj`), with the expert before it (`7.gate_proj`), or "" where there is but one."""
@@ -94,6 +97,7 @@ class Parameter:
     Attributes:
         parts: what is to be filled, with the shape of the stored tensor.
         filled: part -> the tensor that did.
+        holds: the kind of numbers that it is made for, see `stored.KINDS`; empty where any will do.
         needed: whether an unfilled part matters; some parameters have values from the start.
         module: the module that it belongs to, as the quantization config is asked about it.
     """
@@ -101,6 +105,7 @@ class Parameter:
     name: str
     parts: dict[PartKey, Shape]
     filled: dict[PartKey, str] = field(default_factory=dict)
+    holds: str = ""
     needed: bool = True
     module: str = ""
 
@@ -138,6 +143,28 @@ class Refused:
     module: str = ""
 
 
+class Stop(Exception):
+    """An engine stops while it builds a module.
+
+    Attributes:
+        why: in words.
+        rule: the name of the rule.
+    """
+
+    def __init__(self, why: str, rule: str) -> None:
+        super().__init__(why)
+        self.why, self.rule = why, rule
+
+
+@dataclass(frozen=True)
+class Cast:
+    """A stored tensor of one kind of numbers that an engine copies into a parameter of another: its scales are not applied, or not there."""
+
+    stored: str
+    built: str
+    module: str
+
+
 Placed = Into | Dropped | Refused
 Place = Callable[[str, tuple[int, ...]], "Placed | list[Into]"]
 """What becomes of a stored tensor, by its name and shape."""
@@ -158,10 +185,27 @@ class Model:
 
     name: str
     modules: list[Module]
-    schemes: dict[str, Scheme | None]
+    schemes: dict[str, Built | None]
     parameters: dict[str, Parameter]
     place: Place
     refusals: list[Refused] = field(default_factory=list)
+
+    def built(self, module: Module) -> str:
+        """How a module is built, in words: `as int4 g128`, `unquantized`."""
+        built = self.schemes.get(module.asked)
+        return f"as {built.label}" if built else "unquantized"
+
+
+def refused_model(name: str, stop: Stop) -> Model:
+    """An engine that stops at the config as a whole: nothing is built, and nothing is loaded."""
+    return Model(
+        name,
+        [],
+        {},
+        {},
+        lambda name, shape: Dropped("nothing is loaded"),
+        [Refused("config.json", stop.why, stop.rule)],
+    )
 
 
 @dataclass
@@ -174,6 +218,8 @@ class Load:
         dropped: stored tensors that reached none, and why.
         refusals: where the engine stops.
         misfits: stored tensor -> (its shape, the shape that its place has).
+        misfit_modules: the modules of those.
+        casts: stored tensors that are copied into numbers of another kind.
         unfilled: parameter -> parts that nothing filled.
         homes: parameter -> its module.
         schemes: module -> how it is built.
@@ -184,6 +230,8 @@ class Load:
     dropped: dict[str, Dropped] = field(default_factory=dict)
     refusals: list[Refused] = field(default_factory=list)
     misfits: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    misfit_modules: set[str] = field(default_factory=set)
+    casts: dict[str, Cast] = field(default_factory=dict)
     unfilled: dict[str, list[PartKey]] = field(default_factory=dict)
     homes: dict[str, str] = field(default_factory=dict)
-    schemes: dict[str, Scheme | None] = field(default_factory=dict)
+    schemes: dict[str, Built | None] = field(default_factory=dict)

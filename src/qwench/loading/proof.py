@@ -11,10 +11,13 @@ from qwench.errors import EngineError, suggestion
 from qwench.loading import sglang, transformers, vllm
 from qwench.loading.agreement import Read, disagreements
 from qwench.loading.findings import LEVELS, Finding, Proof, findings_of
+from qwench.loading.modelopt import effective
 from qwench.loading.parts import Load, Model, Rule
+from qwench.loading.reading import method_of, reading, taken_for_plain, unread
 from qwench.loading.replay import container_for
 from qwench.models.claims import summary
 from qwench.models.layout import OF_IMAGE_POSITIONS
+from qwench.numerics import Scheme
 
 Tensors = Mapping[str, TensorEntry]
 Config = Mapping[str, Any]
@@ -69,14 +72,19 @@ def prove(source: StoredSource, name: str, values: bool = True) -> Proof:
         EngineError: no such table.
         CheckpointError: the config cannot be read, or its quantization is of a kind that no table knows.
     """
-    table = table_of(name)
+    table, source = table_of(name), effective(source)
+    if told := unread(table.engine, table.version, source.config):
+        return Proof(table.engine, table.version, (), 0, (told,))
     models = table.models(source.config, source.tensors)
     loads = table.loads(models, source.config, source.tensors)
-    found = findings_of(loads, table.rules)
+    ignored = reading(table.engine, source.config) == "ignored"
+    found = [taken_for_plain(table.version, source.config, loads[0])] if ignored else findings_of(loads, table.rules)
     read: Read | None = source.read if values else None
     if table.joins:
         weight_only = any(
-            s and s.kind == "nvfp4" and s.activations == "none" for model in models for s in model.schemes.values()
+            isinstance(s, Scheme) and s.kind == "nvfp4" and s.activations == "none"
+            for model in models
+            for s in model.schemes.values()
         )
         stops = table.engine == "sglang" and weight_only  # rule nvfp4-one-global
         found += disagreements(models, source.tensors, source.config, container_for(source.config), read, stops)
@@ -102,6 +110,9 @@ def known_wrong(table: Table, config: Config, tensors: Tensors) -> Iterator[Find
         yield from _image_positions(config, cited)
     if table.engine == "transformers" and config.get("quantization_config"):
         yield from _nvfp4_experts(tensors, cited)
+        if method_of(config) == "awq":
+            what = "on a GPU transformers computes AWQ files in float16, whose range Gated DeltaNet leaves (read, not run)"
+            yield Finding("note", "transformers", what, "use vLLM or SGLang, in bfloat16", (), cited["awq-float16"])
 
 
 def _image_positions(config: Config, cited: Mapping[str, str]) -> Iterator[Finding]:

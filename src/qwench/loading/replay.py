@@ -8,10 +8,10 @@ from typing import Any
 from qwench.checkpoint.source import TensorEntry
 from qwench.formats import FORMATS, Container
 from qwench.loading.parameters import parameters_of
-from qwench.loading.parts import Dropped, Into, Load, Model, Module, Parameter, Place, Refused
-from qwench.numerics import Scheme
+from qwench.loading.parts import Built, Cast, Dropped, Into, Load, Model, Module, Parameter, Place, Refused, Stop
+from qwench.loading.stored import KINDS
 
-Scheming = Callable[[Module], Scheme | None]
+Scheming = Callable[[Module], Built | None]
 """How a module is built."""
 
 
@@ -27,9 +27,9 @@ def build(
     """Build a model: decide for every module, allocate its parameters. A module that the engine refuses has none.
 
     Args:
-        scheming: raises an exception with `why` and `rule` where the engine stops.
+        scheming: raises Stop where the engine stops.
     """
-    schemes: dict[str, Scheme | None] = {}
+    schemes: dict[str, Built | None] = {}
     parameters: dict[str, Parameter] = {}
     refusals: list[Refused] = []
     for module in modules:
@@ -43,19 +43,6 @@ def build(
 
 
 CONFIGURABLE = ("linear", "experts", "head")
-
-
-class Stop(Exception):
-    """An engine stops while it builds a module.
-
-    Attributes:
-        why: in words.
-        rule: the name of the rule.
-    """
-
-    def __init__(self, why: str, rule: str) -> None:
-        super().__init__(why)
-        self.why, self.rule = why, rule
 
 
 def _nowhere(name: str, shape: tuple[int, ...]) -> Refused:
@@ -89,6 +76,9 @@ def _fill(model: Model, made: Load, entry: TensorEntry, places: list[Into]) -> N
             parameter.filled[key] = entry.name
             if not at.whole and expected is not None and not same_shape(entry.shape, expected):
                 made.misfits[entry.name] = (entry.shape, expected)
+                made.misfit_modules.add(parameter.module)
+            if (kind := KINDS.get(entry.dtype)) and parameter.holds in KINDS.values() and kind != parameter.holds:
+                made.casts[entry.name] = Cast(kind, parameter.holds, parameter.module)
 
 
 def same_shape(stored: tuple[int, ...], expected: tuple[int, ...]) -> bool:

@@ -17,16 +17,16 @@ from typing import Any
 
 from qwench.checkpoint.source import TensorEntry
 from qwench.formats import Container
-from qwench.loading.network import Naming, decoder_claims, head_claims, leaves, modules_of, tower_claims
-from qwench.loading.parameters import HALVES, parameter_name, part_key
-from qwench.loading.parts import Dropped, Into, Load, Member, Model, Module, Placed, Refused, Rule
-from qwench.loading.replay import Stop, build, container_for, load
+from qwench.loading.network import Naming, decoder_claims, head_claims, modules_of, tower_claims
+from qwench.loading.parts import Built, Dropped, Into, Load, Model, Module, Placed, Refused, Rule, Stop, refused_model
+from qwench.loading.placing import CACHE_SCALE, EXPERT, STACKED, Found, Index
+from qwench.loading.replay import build, container_for, load
 from qwench.loading.sglang_schemes import decider_of
-from qwench.loading.vllm import DELTA, EXPERT, JOINED, STACKED, is_conditional
-from qwench.loading.vllm_schemes import Decider, Packed
+from qwench.loading.vllm import DELTA, JOINED, is_conditional
+from qwench.loading.vllm_others import Packed
+from qwench.loading.vllm_schemes import Decider
 from qwench.models.claims import Claim
 from qwench.models.geometry import read_geometry
-from qwench.numerics import Scheme
 
 _M, _Q = "python/sglang/srt/models", "python/sglang/srt/layers/quantization"
 
@@ -39,15 +39,17 @@ class Version:
         head_knows_members: the MTP class says which modules are joined (sglang #35797).
         weight_only_nvfp4: compressed-tensors NVFP4 without activations has a method (sglang #40022).
         head_switches: in the head too, the first tensor of fused experts switches to fused names for good.
+        heads_by_layers: of a mixed ModelOpt file the head is quantized where something of it is listed; before it never was.
     """
 
     head_knows_members: bool
     weight_only_nvfp4: bool
     head_switches: bool
+    heads_by_layers: bool = True
 
 
 VERSIONS = {
-    "0.5.19": Version(head_knows_members=False, weight_only_nvfp4=False, head_switches=True),
+    "0.5.19": Version(head_knows_members=False, weight_only_nvfp4=False, head_switches=True, heads_by_layers=False),
     "0.5.21": Version(head_knows_members=True, weight_only_nvfp4=False, head_switches=False),
     "0.5.23": Version(head_knows_members=True, weight_only_nvfp4=True, head_switches=False),
 }
@@ -79,6 +81,16 @@ RULES = (
     Rule("gptq-numbers", "symmetric 4 and 8 bits", f"{_Q}/gptq/gptq.py, GPTQMarlinConfig.TYPE_MAP"),
     Rule("inc-keys", "extra_config by exact name or by an expression for the whole name", f"{_Q}/auto_round.py, AutoRoundConfig.get_layer_config"),
     Rule("inc-all-or-none", "members of a joined module must have the same numbers", f"{_Q}/auto_round.py, AutoRoundConfig.get_layer_config"),
+    Rule("fp8-config", "an activation scheme, and blocks of two numbers with dynamic inputs", f"{_Q}/fp8.py, Fp8Config.__init__"),
+    Rule("fp8-all-or-none", "`modules_to_not_convert` means names that have an entry as whole components anywhere, with and without model. before it; all members of a joined module or none", f"{_Q}/utils.py, is_layer_skipped"),
+    Rule("fp8-blocks", "blocks must divide the rows of every member of a joined module, and the width of experts", f"{_Q}/fp8.py, Fp8LinearMethod.validate_block_quant_shapes"),
+    Rule("awq-config", "4 and 8 bits in groups that Marlin reads", f"{_Q}/awq/awq.py, AWQMarlinConfig"),
+    Rule("awq-joined", "`modules_to_not_convert` means any part of a name, of a joined module of its joined name alone", f"{_Q}/awq/awq.py, is_layer_skipped_awq"),
+    Rule("modelopt-config", "quant_algo FP8, NVFP4, NVFP4_AWQ, W4A16_NVFP4, or MIXED_PRECISION with NVFP4 layers", f"{_Q}/modelopt_quant.py, from_config of each class; configs/model_config.py, _parse_modelopt_quant_config"),
+    Rule("modelopt-all-or-none", "excluded modules as with FP8, or by a pattern for the whole name or one component", f"{_Q}/modelopt_quant.py, ModelOptQuantConfig.is_layer_excluded"),
+    Rule("modelopt-bare-head", "the head of an NVFP4 file is built unquantized, that of a mixed one where nothing of it is listed (before 0.5.21 always)", f"{_M}/qwen3_5_mtp.py, _mtp_quant_config"),
+    Rule("modelopt-largest-scale", "of weight_scale_2 of a joined module the largest is taken", f"{_Q}/modelopt_quant.py, process_weights_after_loading of each method"),
+    Rule("cast", "a tensor of the right shape is copied whatever its dtype", "python/sglang/srt/layers/parameter.py"),
     Rule("order", "g_idx is read only where desc_act is set", f"{_Q}/gptq/schemes, process_weights_after_loading"),
 )  # fmt: skip
 """What this replay knows of SGLang, and where it is written."""
@@ -102,18 +114,9 @@ def models_of(config: Mapping[str, Any], tensors: Mapping[str, TensorEntry], ver
     """The models that SGLang builds from a folder."""
     facts, container = VERSIONS[version], container_for(config)
     try:
-        decider = decider_of(config.get("quantization_config"), facts.weight_only_nvfp4)
+        decider = decider_of(config.get("quantization_config"), facts.weight_only_nvfp4, facts.heads_by_layers)
     except Stop as stop:
-        return [
-            Model(
-                "SGLang",
-                [],
-                {},
-                {},
-                lambda name, shape: Dropped("nothing is loaded"),
-                [Refused("config.json", stop.why, stop.rule)],
-            )
-        ]
+        return [refused_model("SGLang", stop)]
     found = [_main(config, is_conditional(config), decider, container)]
     return [*found, _head(config, decider, container, facts)] if any("mtp" in name for name in tensors) else found
 
@@ -167,14 +170,7 @@ class _Placing:
         self.model, self.main, self.conditional, self.switches, self.members = model, main, conditional, switches, members
         self.method = (config.get("quantization_config") or {}).get("quant_method", "")
         self.experts, self.tied = read_geometry(config).experts, read_geometry(config).tied
-        self.at = {member.stored: (module, member) for module, member in leaves(model.modules)}
-        self.holders = {
-            m.stored.partition(".mlp.experts.")[0] + ".mlp.experts": module
-            for module, m in leaves(model.modules)
-            if m.expert is not None
-        }
-        self.refused = {refusal.where for refusal in model.refusals}
-        self.fused_seen = False
+        self.index, self.fused_seen = Index(model), False
 
     def __call__(self, name: str, shape: tuple[int, ...]) -> Placed | list[Into]:
         if dropped := self._left_out(name):
@@ -182,20 +178,20 @@ class _Placing:
         known = name if self.conditional or not self.main else re.sub(r"^model\.language_model\.", "\0", name)
         if stacked := STACKED.match(known):
             self.fused_seen = self.fused_seen or self.switches
-            if stacked["holder"] in self.holders:
-                return self._all_experts(self.holders[stacked["holder"]], stacked["leaf"], name, shape)
+            if stacked["holder"] in self.index.holders:
+                return self._all_experts(stacked, name, shape)
         if EXPERT.match(known) and self.fused_seen:
-            holder = self.holders.get(known.partition(".mlp.experts.")[0] + ".mlp.experts")
+            holder = self.index.holders.get(known.partition(".mlp.experts.")[0] + ".mlp.experts")
             why = "an earlier tensor held fused experts, and from there on only such are looked for"
             return Dropped(why, rule="fused-for-good", module=holder.asked if holder else "")
-        found = self.at.get(known) or self.at.get(known.rpartition(".")[0])
-        if found is None:
-            return self._unknown(known)
-        return self._one(*found, "" if known in self.at else known.rpartition(".")[2], name)
+        found = self.index.find(known)
+        return self._unknown(known) if found is None else self._one(found, name)
 
     def _left_out(self, name: str) -> Dropped | None:
         if "rotary_emb.inv_freq" in name:
             return Dropped("positions are computed", True)
+        if CACHE_SCALE.search(name):
+            return Dropped("it goes to the quantized cache, where there is one", True)
         if self.main and "mtp" in name:
             return Dropped("the main model leaves the MTP head to the drafting one", True)
         if not self.main and "mtp" not in name:
@@ -208,22 +204,18 @@ class _Placing:
             return Dropped("a text-only model has no tower", True)
         return None
 
-    def _one(self, module: Module, member: Member, suffix: str, name: str) -> Placed:
-        if module.asked in self.refused:
-            return Dropped(f"{module.asked} is refused", module=module.asked)
-        if suffix in module.extras:
-            return Into(f"{module.path}.{suffix}", ("",))
-        parameter = self.model.parameters.get(parameter_name(module, member.leaf, suffix))
-        if parameter is not None:
-            return Into(parameter.name, (part_key(module, member, suffix),))
-        built = self.model.schemes[module.asked]
-        why = f"{module.asked} is built {f'as {built.label}' if built else 'unquantized'} and has no {suffix!r}"
-        if module.kind == "experts" and self.main and not f"_{suffix}".endswith(SKIPPED):
-            rule = self._rule_of(module, built)
-            return Refused(name, why, rule if rule == "gptq-experts" else "experts-strict", module.asked)
-        return Dropped(why, rule=self._rule_of(module, built), module=module.asked)
+    def _one(self, found: Found, name: str) -> Placed:
+        module = found.module
+        if dropped := self.index.left(module):
+            return dropped
+        if room := self.index.room(found):
+            return room
+        why = f"{module.asked} is built {self.model.built(module)} and has no {found.suffix!r}"
+        if module.kind == "experts" and self.main and not f"_{found.suffix}".endswith(SKIPPED):
+            return Refused(name, why, "experts-strict", module.asked)
+        return Dropped(why, rule=self._rule_of(module, self.model.schemes[module.asked]), module=module.asked)
 
-    def _rule_of(self, module: Module, built: Scheme | None) -> str:
+    def _rule_of(self, module: Module, built: Built | None) -> str:
         """Why a module is built otherwise than it is stored."""
         if module.kind == "experts" and built is not None and self.method == "gptq":
             return "gptq-experts"
@@ -239,24 +231,20 @@ class _Placing:
             return "head-fc"
         return "lenient" if self.main else "head-skips"
 
-    def _all_experts(self, module: Module, leaf: str, name: str, shape: tuple[int, ...]) -> Placed | list[Into]:
-        wanted = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else ("down_proj",)
-        parameter = self.model.parameters.get(f"{module.path}.{HALVES[wanted[0]]}_weight")
-        if parameter is None or module.asked in self.refused:
+    def _all_experts(self, stacked: re.Match[str], name: str, shape: tuple[int, ...]) -> Placed | list[Into]:
+        module = self.index.holders[stacked["holder"]]
+        left = self.index.left(module)
+        found = None if left else self.index.all_experts(module, stacked["leaf"], stacked["suffix"] or "", shape)
+        if isinstance(found, Into):
+            return found
+        if found is None:
             why = f"{module.asked} is built quantized and has no weight for fused experts"
-            return (
-                Dropped(why, rule="lenient", module=module.asked)
-                if self.main
-                else Refused(name, why, "head-skips", module.asked)
-            )
-        rows, columns = next(m.shape for m in module.members if m.leaf == wanted[0])
-        expected = (self.experts, rows * len(wanted), columns)
-        if shape != expected:
-            return Refused(name, f"is {list(shape)}, {list(expected)} is what config.json says", "experts-strict", module.asked)
-        return Into(parameter.name, tuple(key for key in parameter.parts if key.rpartition(".")[2] in wanted), whole=True)
+            lenient = Dropped(why, rule="lenient", module=module.asked)
+            return lenient if self.main else Refused(name, why, "head-skips", module.asked)
+        return Refused(name, f"is {list(shape)}, {list(found)} is what config.json says", "experts-strict", module.asked)
 
     def _unknown(self, known: str) -> Placed:
-        if (expert := EXPERT.match(known)) and expert["holder"] in self.holders:
+        if (expert := EXPERT.match(known)) and expert["holder"] in self.index.holders:
             return Dropped(f"config.json says {self.experts} experts", rule="experts-beyond")
         if known.startswith("mtp.layers.") and not known.startswith("mtp.layers.0."):
             return Dropped("the head has one layer", rule="head-one-layer")

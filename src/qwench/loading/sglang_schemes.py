@@ -1,4 +1,4 @@
-"""How SGLang decides whether and how a module is quantized: `CompressedTensorsConfig`, `GPTQMarlinConfig`, `AutoRoundConfig`.
+"""How SGLang decides whether and how a module is quantized: `CompressedTensorsConfig`, `GPTQMarlinConfig`, `AutoRoundConfig`; for formats of other writers see `sglang_others`.
 
 Its names of the trunk are those of the checkpoint, joined where it joins. What differs from vLLM: the class goes before the members of a joined module, a linear layer that nothing names is an
 error, the experts of a GPTQ file are quantized whatever `dynamic` says, and headers are not asked.
@@ -7,16 +7,29 @@ error, the experts of a GPTQ file are quantized whatever `dynamic` says, and hea
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from qwench.errors import CheckpointError
 from qwench.formats.gptq import read_numbers
 from qwench.formats.quantization_config import read_group
-from qwench.loading.parts import Module
-from qwench.loading.patterns import RE, dynamic_of, entry_matches, first_match, shard_names
-from qwench.loading.replay import Stop
-from qwench.loading.vllm_schemes import CLASSES, SPECIAL, Decider, Packed, Unquantized
+from qwench.loading import sglang_others
+from qwench.loading.modelopt import METHODS
+from qwench.loading.parts import Module, Stop
+from qwench.loading.patterns import (
+    RE,
+    agreeing,
+    all_or_none,
+    auto_round_numbers,
+    auto_round_stacks,
+    dynamic_of,
+    entry_matches,
+    first_match,
+    gptq_checked,
+    gptq_numbers,
+    shard_names,
+)
+from qwench.loading.vllm_others import Packed
+from qwench.loading.vllm_schemes import CLASSES, SPECIAL, Decider, Unquantized, unknown_method
 from qwench.numerics import Scheme
 
 EXPERTS_CLASS = "FusedMoE"
@@ -64,9 +77,7 @@ class CompressedTensors:
     def _ignored(self, name: str, packed: Packed) -> bool:
         shards = [name] if name in self.ignore else shard_names(name, packed)
         found = [any(self._means(shard, entry) for entry in self.ignore) for shard in shards]
-        if any(found) and not all(found):
-            raise Stop("some of its members are in `ignore` and some are not", "ct-ignore-all-or-none")
-        return all(found)
+        return all_or_none(name, found, "in `ignore`", "ct-ignore-all-or-none")
 
     @staticmethod
     def _means(name: str, entry: str) -> bool:
@@ -89,10 +100,7 @@ class Gptq:
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config, self.dynamic = config, config.get("dynamic") or {}
-        if (config.get("bits"), config.get("sym")) not in {(4, True), (8, True)}:
-            raise Stop(
-                f"{config.get('bits')} bits, sym {config.get('sym')}: Marlin reads symmetric 4 and 8 bits", "gptq-numbers"
-            )
+        gptq_checked(config, "Marlin reads")
 
     def scheme(self, module: Module, packed: Packed) -> Scheme | None:
         if module.kind == "head" and not self.config.get("lm_head", False):
@@ -100,12 +108,7 @@ class Gptq:
         numbers = {} if module.kind == "experts" else dynamic_of(self.dynamic, module.asked)
         if numbers is None:
             return None
-        values = {**self.config, **numbers}
-        if (values.get("bits"), values.get("sym")) not in {(4, True), (8, True)}:
-            raise Stop(
-                f"{values.get('bits')} bits, sym {values.get('sym')}: Marlin reads symmetric 4 and 8 bits", "gptq-numbers"
-            )
-        return read_numbers(values, module.asked)
+        return gptq_numbers({**self.config, **numbers}, module.asked, "Marlin reads")
 
 
 class AutoRound:
@@ -114,8 +117,7 @@ class AutoRound:
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = config
         self.extra: Mapping[str, Mapping[str, Any]] = config.get("extra_config") or {}
-        stacks = config.get("block_name_to_quantize") or config.get("to_quant_block_names") or ()
-        self.stacks = tuple(stacks.split(",") if isinstance(stacks, str) else stacks)
+        self.stacks = tuple(auto_round_stacks(config))
 
     def scheme(self, module: Module, packed: Packed) -> Scheme | None:
         values = self._values(module, packed)
@@ -131,42 +133,37 @@ class AutoRound:
             if name.count(fused) == 1:
                 inside = [name.replace(fused, member) for member in members]
                 break
-        found = [self._numbers(key, quantized) for key in inside] or [self._numbers(name, quantized)]
-        if any(values != found[0] for values in found):
-            raise Stop("its members have different numbers in `extra_config`", "inc-all-or-none")
-        return found[0]
+        return agreeing([self._numbers(key, quantized) for key in inside or [name]])
 
     def _numbers(self, name: str, quantized: bool) -> dict[str, Any]:
-        base = {
-            "bits": self.config.get("bits"),
-            "group_size": self.config.get("group_size"),
-            "sym": self.config.get("sym", True),
-        }
         entry = self.extra.get(name)
         if entry is None:
             entry = next((v for k, v in self.extra.items() if set(k) & SPECIAL and re.fullmatch(k, name)), {})
-        return {
-            key: entry.get(key, value)
-            for key, value in (base if quantized else {"bits": 16, "group_size": -1, "sym": True}).items()
-        }
+        return auto_round_numbers(self.config, entry, quantized)
 
 
-def decider_of(config: Mapping[str, Any] | None, weight_only_nvfp4: bool) -> Decider:
+def decider_of(config: Mapping[str, Any] | None, weight_only_nvfp4: bool, heads_by_layers: bool = True) -> Decider:
     """The decider of a quantization_config.
+
+    Args:
+        weight_only_nvfp4: whether NVFP4 without activations has a method.
+        heads_by_layers: see `sglang_others.ModelOptDecider`.
 
     Raises:
         Stop: SGLang refuses the config as a whole.
         CheckpointError: a method that this table does not know.
     """
-    method = config.get("quant_method", "compressed-tensors") if config else None
     if not config:
         return Unquantized()
-    if method == "compressed-tensors":
-        return CompressedTensors(config, weight_only_nvfp4)
-    if method == "gptq":
-        return Gptq(config)
-    if method == "auto-round":
-        return AutoRound(config)
-    raise CheckpointError(
-        f"the checkpoint is quantized with {method!r}", "the offline proof knows compressed-tensors, gptq and auto-round"
-    )
+    method = config.get("quant_method", "compressed-tensors")
+    deciders: dict[str, Callable[[], Decider]] = {
+        "compressed-tensors": lambda: CompressedTensors(config, weight_only_nvfp4),
+        "gptq": lambda: Gptq(config),
+        "auto-round": lambda: AutoRound(config),
+        "fp8": lambda: sglang_others.Fp8(config),
+        "awq": lambda: sglang_others.Awq(config),
+        **dict.fromkeys(METHODS, lambda: sglang_others.modelopt(config, heads_by_layers)),
+    }
+    if method not in deciders:
+        raise unknown_method(method)
+    return deciders[method]()

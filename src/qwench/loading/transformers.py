@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from qwench.checkpoint.folder import INDEX_NAME
 from qwench.checkpoint.source import TensorEntry
 from qwench.formats import Container
-from qwench.loading.network import Naming, decoder_claims, leaves, modules_of, tower_claims
-from qwench.loading.parameters import HALVES, parameter_name, part_key
-from qwench.loading.parts import Dropped, Into, Load, Model, Module, Placed, Refused, Rule
+from qwench.loading.network import Naming, decoder_claims, modules_of, tower_claims
+from qwench.loading.parts import Dropped, Into, Load, Model, Module, Placed, Refused, Rule, Stop
 from qwench.loading.patterns import renamed
-from qwench.loading.replay import Stop, build, container_for, load
-from qwench.loading.vllm import EXPERT, STACKED, TEXT_PREFIXES, is_conditional
+from qwench.loading.placing import CACHE_SCALE, EXPERT, STACKED, Found, Index
+from qwench.loading.reading import reading
+from qwench.loading.replay import Scheming, build, container_for, load
+from qwench.loading.transformers_others import Converting
+from qwench.loading.vllm import TEXT_PREFIXES, is_conditional
 from qwench.models.geometry import read_geometry
 from qwench.numerics import Scheme
 
@@ -34,6 +37,10 @@ RULES = (
     Rule("nvfp4-experts", "NVFP4 experts are decoded without their global scale", f"{_P}/integrations/compressed_tensors.py, CompressedTensorsDequantize.convert"),
     Rule("asymmetric", "asymmetric integers are refused with compressed-tensors 0.20", f"{_P}/integrations/compressed_tensors.py, with compressed_tensors/compressors"),
     Rule("ct-single-experts", "of a compressed-tensors file, unquantized experts stored one by one are not joined", f"{_P}/conversion_mapping.py, with quantizers/quantizer_compressed_tensors.py"),
+    Rule("fp8-list", "modules_to_not_convert: an expression from the beginning of a name to the end of a component, or the end of a name", f"{_P}/quantizers/quantizers_utils.py, should_convert_module"),
+    Rule("awq-no-experts", "AWQ replaces layers of class Linear alone: quantized experts find no parameter", f"{_P}/integrations/awq.py, replace_with_awq_linear"),
+    Rule("awq-float16", "on a GPU an AWQ file is computed in float16", f"{_P}/quantizers/quantizer_awq.py, AwqQuantizer.update_dtype"),
+    Rule("unknown-method", "a method that it does not know is skipped with a warning, and the file loaded as if unquantized", f"{_P}/quantizers/auto.py, AutoHfQuantizer.supports_quant_method"),
     Rule("split-experts", "GPTQModel and auto-round take experts apart before loading: kept experts in one tensor are not found", f"{_P}/quantizers/quantizer_gptq.py, quantizer_auto_round.py"),
 )  # fmt: skip
 """What this replay knows of transformers, and where it is written."""
@@ -63,22 +70,31 @@ def seen(config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> Mappi
 
 
 def models_of(config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> list[Model]:
-    """The one model that transformers builds."""
+    """The one model that transformers builds. A file in a method that it does not know is taken for an unquantized one (see `reading`)."""
     conditional, container = is_conditional(config), container_for(config)
     claims = decoder_claims(config, "model.language_model." if conditional else "model.") + (
         tower_claims(config) if conditional else []
     )
-    modules = modules_of(claims, Naming(lambda module: module, lambda module: module, fuses=False))
+    scheming, naming = _scheming(config, container), Naming(lambda module: module, lambda module: module, fuses=False)
+    if container is None:
+        naming = replace(naming, unquantized=lambda module: module.endswith("mlp.gate"))
     moe, kind = "Moe" if read_geometry(config).moe else "", "ConditionalGeneration" if conditional else "CausalLM"
-    model = build(f"Qwen3_5{moe}For{kind}", modules, lambda module: _scheme(module, config, container), container)
+    model = build(f"Qwen3_5{moe}For{kind}", modules_of(claims, naming), scheming, container)
     model.place = _Placing(model, config, conditional, container)
     return [model]
 
 
-def _scheme(module: Module, config: Mapping[str, Any], container: Container | None) -> Scheme | None:
-    """As the container's own library decides, by the checkpoint's names."""
-    if container is None:
-        return None
+def _scheming(config: Mapping[str, Any], container: Container | None) -> Scheming:
+    """As the container's own library decides, or transformers' own reader, by the checkpoint's names."""
+    quantization = config.get("quantization_config")
+    if container is not None:
+        return lambda module: _scheme(module, config, container)
+    if quantization and reading("transformers", config) == "replayed":
+        return Converting(quantization, {} if is_conditional(config) else TEXT_PREFIXES).scheme
+    return lambda module: None
+
+
+def _scheme(module: Module, config: Mapping[str, Any], container: Container) -> Scheme | None:
     scheme = container.scheme_of(config["quantization_config"], module.members[0].stored)
     if scheme is not None and not scheme.symmetric and container.METHOD == "compressed-tensors":
         raise Stop("asymmetric integers are not read", "asymmetric")
@@ -90,61 +106,42 @@ class _Placing:
 
     def __init__(self, model: Model, config: Mapping[str, Any], conditional: bool, container: Container | None) -> None:
         self.model, self.conditional, self.method = model, conditional, container.METHOD if container else ""
-        self.at = {member.stored: (module, member) for module, member in leaves(model.modules)}
-        self.holders = {
-            m.stored.partition(".mlp.experts.")[0] + ".mlp.experts": module
-            for module, m in leaves(model.modules)
-            if m.expert is not None
-        }
-        self.refused = {refusal.where for refusal in model.refusals}
-        self.tied = read_geometry(config).tied
+        self.index, self.tied = Index(model), read_geometry(config).tied
 
     def __call__(self, name: str, shape: tuple[int, ...]) -> Placed | list[Into]:
         if re.match(r"^mtp\.", name):
             return Dropped("transformers has no MTP head", True, "head-ignored")
         if name.endswith(".g_idx") or (self.tied and name.startswith("lm_head.")):
             return Dropped("not needed", True)
+        if CACHE_SCALE.search(name):
+            return Dropped("there is no quantized cache", True)
         if not self.conditional and name.startswith("model.visual."):
             return Dropped("a text-only model has no tower", True, "text-prefix")
         known = name if self.conditional else renamed(name, TEXT_PREFIXES)
-        if (stacked := STACKED.match(known)) and stacked["holder"] in self.holders:
-            return self._all_experts(self.holders[stacked["holder"]], stacked["leaf"], name, shape)
-        found = self.at.get(known) or self.at.get(known.rpartition(".")[0])
-        if found is None:
-            return Dropped("no parameter has this name", rule="report")
-        module, member = found
-        suffix = "" if known in self.at else known.rpartition(".")[2]
-        if module.asked in self.refused:
-            return Dropped(f"{module.asked} is refused", module=module.asked)
-        if suffix in module.extras:
-            return Into(f"{module.path}.{suffix}", ("",))
-        if (
-            EXPERT.match(known)
-            and suffix == "weight"
-            and self.method == "compressed-tensors"
-            and self.model.schemes[module.asked] is None
-        ):
-            return Dropped(
-                "unquantized experts that are stored one by one are not joined", rule="ct-single-experts", module=module.asked
-            )
-        parameter = self.model.parameters.get(parameter_name(module, member.leaf, suffix))
-        if parameter is not None:
-            return Into(parameter.name, (part_key(module, member, suffix),))
-        return Dropped("no parameter has this name", rule="report", module=module.asked)
+        if (stacked := STACKED.match(known)) and stacked["holder"] in self.index.holders:
+            return self._all_experts(stacked, name, shape)
+        found = self.index.find(known)
+        return Dropped("no parameter has this name", rule="report") if found is None else self._one(found, known)
 
-    def _all_experts(self, module: Module, leaf: str, name: str, shape: tuple[int, ...]) -> Placed | list[Into]:
-        wanted = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else ("down_proj",)
-        parameter = self.model.parameters.get(f"{module.path}.{HALVES[wanted[0]]}_weight")
+    def _one(self, found: Found, known: str) -> Placed:
+        module = found.module
+        if dropped := self.index.left(module):
+            return dropped
+        plain = found.suffix == "weight" and self.model.schemes[module.asked] is None
+        if plain and EXPERT.match(known) and self.method == "compressed-tensors":
+            why = "unquantized experts that are stored one by one are not joined"
+            return Dropped(why, rule="ct-single-experts", module=module.asked)
+        rule = "awq-no-experts" if found.suffix == "qweight" and module.kind == "experts" else "report"
+        return self.index.room(found) or Dropped("no parameter has this name", rule=rule, module=module.asked)
+
+    def _all_experts(self, stacked: re.Match[str], name: str, shape: tuple[int, ...]) -> Placed | list[Into]:
+        module = self.index.holders[stacked["holder"]]
         if self.method in ("gptq", "auto-round"):
-            return Dropped(
-                "experts are taken apart before loading, and this tensor holds them all",
-                rule="split-experts",
-                module=module.asked,
-            )
-        if parameter is None:
+            why = "experts are taken apart before loading, and this tensor holds them all"
+            return Dropped(why, rule="split-experts", module=module.asked)
+        found = self.index.all_experts(module, stacked["leaf"], stacked["suffix"] or "", shape)
+        if isinstance(found, Into):
+            return found
+        if found is None:
             return Dropped("the experts are built quantized", rule="report", module=module.asked)
-        rows, columns = next(m.shape for m in module.members if m.leaf == wanted[0])
-        expected = (len({m.expert for m in module.members}), rows * len(wanted), columns)
-        if shape != expected:
-            return Refused(name, f"is {list(shape)}, {list(expected)} is what config.json says", "report", module.asked)
-        return Into(parameter.name, tuple(key for key in parameter.parts if key.rpartition(".")[2] in wanted), whole=True)
+        return Refused(name, f"is {list(shape)}, {list(found)} is what config.json says", "report", module.asked)

@@ -8,17 +8,18 @@ checkpoint is quantized; experts beyond the number in the config; global scales 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qwench.checkpoint.source import TensorEntry
 from qwench.formats import Container
-from qwench.loading.network import Naming, decoder_claims, head_claims, leaves, modules_of, tower_claims
-from qwench.loading.parameters import HALVES, parameter_name, part_key
-from qwench.loading.parts import Dropped, Into, Load, Member, Model, Module, Place, Placed, Refused, Rule
+from qwench.loading.network import Naming, decoder_claims, head_claims, modules_of, tower_claims
+from qwench.loading.parts import Dropped, Into, Load, Model, Place, Placed, Refused, Rule, Stop, refused_model
 from qwench.loading.patterns import renamed
-from qwench.loading.replay import Stop, build, container_for, load
-from qwench.loading.vllm_schemes import Decider, Packed, decider_of
+from qwench.loading.placing import CACHE_SCALE, EXPERT, STACKED, Found, Index
+from qwench.loading.replay import build, container_for, load
+from qwench.loading.vllm_others import Packed
+from qwench.loading.vllm_schemes import Decider, decider_of
 from qwench.models.geometry import read_geometry, text_config
 
 VERSION = "0.32"
@@ -57,6 +58,17 @@ RULES = (
     Rule("gptq-numbers", "symmetric 4 and 8 bits", f"{_QUANT}/auto_gptq.py, AutoGPTQConfig.TYPE_MAP"),
     Rule("inc-keys", "extra_config by exact name, by suffix, by members, by expression; stacks decide the rest", f"{_QUANT}/inc/config_parser.py, INCConfigParser._resolve_raw"),
     Rule("inc-all-or-none", "members of a joined module must have the same numbers", f"{_QUANT}/inc/config_parser.py, INCConfigParser._resolve_raw"),
+    Rule("cache-scales", "scales of a quantized cache go to the attention, or are skipped", f"{_QUANT}/base_config.py, get_cache_scale_mapper"),
+    Rule("fp8-config", "an activation scheme, and blocks of two numbers with dynamic inputs", f"{_QUANT}/fp8.py, Fp8Config.from_config"),
+    Rule("fp8-all-or-none", "`modules_to_not_convert` means exact names: of a joined module its own or all members'", f"{_QUANT}/utils/quant_utils.py, is_layer_skipped"),
+    Rule("fp8-blocks", "the scales of a joined module have ceil(rows / block) rows, and each member's begin at ceil(rows before / block); experts must be cut evenly", f"{_QUANT}/fp8.py, Fp8LinearMethod.create_weights, Fp8MoEMethod.create_weights"),
+    Rule("awq-config", "4 bits, with group_size and zero_point said", f"{_QUANT}/auto_awq.py, AutoAWQConfig.from_config"),
+    Rule("awq-all-or-none", "`modules_to_not_convert` means any part of a name: of a joined module's name, or of all members'; an empty list is filled from the headers", f"{_QUANT}/auto_awq.py, AutoAWQConfig.get_quant_method, maybe_update_config"),
+    Rule("modelopt-config", "quant_algo and its companions", f"{_QUANT}/modelopt.py, ModelOptQuantConfigBase.from_config; transformers_utils/model_arch_config_convertor.py"),
+    Rule("modelopt-all-or-none", "excluded modules by exact name, by any part of a name, by wildcard; members of joined modules alike", f"{_QUANT}/modelopt.py, is_layer_excluded, _resolve_quant_algo"),
+    Rule("modelopt-head-fc", "mtp.fc of an NVFP4 file is built unquantized", f"{_MODELS}/qwen3_5_mtp.py, Qwen3_5MultiTokenPredictor.__init__"),
+    Rule("modelopt-largest-scale", "of weight_scale_2 of a joined module the largest is taken, of experts the gate's", f"{_QUANT}/modelopt.py, KNvfp4Static.process, ModelOptNvFp4FusedMoE.process_weights_after_loading"),
+    Rule("cast", "a tensor of the right shape is copied whatever its dtype, with a warning at most", f"{_MODELS}/utils.py, AutoWeightsLoader._load_param"),
     Rule("inc-numbers", "asymmetric integers have no kernel", f"{_QUANT}/inc/schemes/inc_wna16_scheme.py, get_linear_method"),
 )  # fmt: skip
 """What this replay knows of vLLM, and where it is written."""
@@ -70,8 +82,6 @@ PACKED: dict[str, Packed] = {"conditional": {**JOINED, "qkv": ("qkv",), **DELTA}
 
 LENIENT = (".bias", ".q_scale", ".k_scale", ".v_scale", ".q_zero_point", ".k_zero_point", ".v_zero_point")
 ROTARY = ("rotary_pos_emb.inv_freq", "rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
-EXPERT = re.compile(r"^(?P<holder>.*\.mlp\.experts)\.(?P<number>\d+)\.(?P<leaf>\w+)\.(?P<suffix>\w+)$")
-STACKED = re.compile(r"^(?P<holder>.*\.mlp\.experts)\.(?P<leaf>gate_up_proj|down_proj)$")
 
 
 def replay(config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> list[Load]:
@@ -94,19 +104,11 @@ def models_of(config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) -> 
     prefixes = PREFIXES if conditional else TEXT_PREFIXES
     quantization, container = config.get("quantization_config"), container_for(config)
     integers = [name.rpartition(".")[0] for name, entry in tensors.items() if entry.dtype not in ("F16", "BF16", "F32")]
+    plain = sorted({name.rpartition(".")[0] for name in tensors} - set(integers))
     try:
-        main, head = (decider_of(quantization, prefixes, integers, mtp) for mtp in (False, True))
+        main, head = (decider_of(quantization, prefixes, integers, mtp, plain) for mtp in (False, True))
     except Stop as stop:
-        return [
-            Model(
-                "vLLM",
-                [],
-                {},
-                {},
-                lambda name, shape: Dropped("nothing is loaded"),
-                [Refused("config.json", stop.why, stop.rule)],
-            )
-        ]
+        return [refused_model("vLLM", stop)]
     found = [_main(config, conditional, main, container)]
     return [*found, _head(config, head, container)] if any(name.startswith("mtp.") for name in tensors) else found
 
@@ -174,6 +176,8 @@ class _Drops:
             return Dropped("the drafting model takes nothing of the trunk but embedding and head", True, "head-names")
         if any(part in name for part in ROTARY):
             return Dropped("positions are computed", True, "strict")
+        if self.quantized and CACHE_SCALE.search(name):
+            return Dropped("it goes to the quantized cache, where there is one", True, "cache-scales")
         if self.quantized and name.endswith(".g_idx"):
             return Dropped("orders of columns are not read", True, "no-order")
         if self.tied and name.startswith("lm_head."):
@@ -183,77 +187,50 @@ class _Drops:
 
 def _place(model: Model, config: Mapping[str, Any], canonical: Callable[[str], str], drops: _Drops) -> Place:
     """The function that finds a place for a stored tensor; `canonical` gives it the name that the modules were described with."""
-    at = {member.stored: (module, member) for module, member in leaves(model.modules)}
-    holders = {
-        member.stored.partition(".mlp.experts.")[0] + ".mlp.experts": module
-        for module, member in leaves(model.modules)
-        if member.expert is not None
-    }
-    refused = {refusal.where for refusal in model.refusals}
-    experts = read_geometry(config).experts
+    index, experts = Index(model), read_geometry(config).experts
 
     def place(name: str, shape: tuple[int, ...]) -> Placed | list[Into]:
         if dropped := drops(name):
             return dropped
         known = canonical(name)
-        if (stacked := STACKED.match(known)) and stacked["holder"] in holders:
-            return _all_experts(model, holders[stacked["holder"]], stacked["leaf"], name, shape, refused)
-        found = at.get(known) or at.get(known.rpartition(".")[0])
-        if found is None:
-            return _unknown(name, known, holders, experts)
-        suffix = "" if known in at else known.rpartition(".")[2]
-        return _one(model, *found, suffix, name, refused)
+        if (stacked := STACKED.match(known)) and stacked["holder"] in index.holders:
+            return _all_experts(index, stacked, name, shape)
+        found = index.find(known)
+        return _unknown(name, known, index, experts) if found is None else _one(index, found, name)
 
     return place
 
 
-def _one(model: Model, module: Module, member: Member, suffix: str, name: str, refused: Collection[str]) -> Placed:
+def _one(index: Index, found: Found, name: str) -> Placed:
     """A tensor of one member."""
-    if module.asked in refused:
-        return Dropped(f"{module.asked} is refused", rule="strict", module=module.asked)
-    if suffix in module.extras:
-        return Into(f"{module.path}.{suffix}", ("",))
-    parameter = model.parameters.get(parameter_name(module, member.leaf, suffix))
-    if parameter is not None:
-        return Into(parameter.name, (part_key(module, member, suffix),))
-    if name.endswith(LENIENT) and module.kind != "experts":
+    if dropped := index.left(found.module, "strict"):
+        return dropped
+    if room := index.room(found):
+        return room
+    if name.endswith(LENIENT) and found.module.kind != "experts":
         return Dropped("there is no such parameter, and names that end so are skipped", rule="lenient-suffixes")
-    built = model.schemes[module.asked]
-    return Refused(
-        name,
-        f"{module.asked} is built {f'as {built.label}' if built else 'unquantized'} and has no {suffix!r}",
-        "strict",
-        module.asked,
-    )
+    built = index.model.built(found.module)
+    return Refused(name, f"{found.module.asked} is built {built} and has no {found.suffix!r}", "strict", found.module.asked)
 
 
-def _all_experts(
-    model: Model, module: Module, leaf: str, name: str, shape: tuple[int, ...], refused: Collection[str]
-) -> Placed | list[Into]:
-    """One tensor of all experts: [E, 2I, D] or [E, D, I]."""
-    if module.asked in refused:
-        return Dropped(f"{module.asked} is refused", rule="experts", module=module.asked)
-    wanted = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else ("down_proj",)
-    parameter = model.parameters.get(f"{module.path}.{HALVES[wanted[0]]}_weight")
-    if parameter is None:
-        built = model.schemes[module.asked]
+def _all_experts(index: Index, stacked: re.Match[str], name: str, shape: tuple[int, ...]) -> Placed | list[Into]:
+    """One tensor of all experts."""
+    module, suffix = index.holders[stacked["holder"]], stacked["suffix"] or ""
+    if dropped := index.left(module, "experts"):
+        return dropped
+    found = index.all_experts(module, stacked["leaf"], suffix, shape)
+    if isinstance(found, Into):
+        return found
+    if found is None:
         return Refused(
-            name,
-            f"{module.asked} is built as {built.label if built else 'unquantized'} and has no weight",
-            "experts",
-            module.asked,
+            name, f"{module.asked} is built {index.model.built(module)} and has no weight{suffix}", "experts", module.asked
         )
-    count = len({m.expert for m in module.members})
-    rows, columns = next(m.shape for m in module.members if m.leaf == wanted[0])
-    expected = (count, rows * len(wanted), columns)
-    if shape != expected:
-        return Refused(name, f"is {list(shape)}, {list(expected)} is what config.json says", "experts", module.asked)
-    return Into(parameter.name, tuple(key for key in parameter.parts if key.rpartition(".")[2] in wanted), whole=True)
+    return Refused(name, f"is {list(shape)}, {list(found)} is what config.json says", "experts", module.asked)
 
 
-def _unknown(name: str, known: str, holders: Collection[str], experts: int) -> Placed:
+def _unknown(name: str, known: str, index: Index, experts: int) -> Placed:
     """A name that no module has."""
-    if (expert := EXPERT.match(known)) and expert["holder"] in holders:
+    if (expert := EXPERT.match(known)) and expert["holder"] in index.holders:
         beyond = int(expert["number"]) >= experts
         why = f"config.json says {experts} experts" if beyond else "experts have no such projection"
         return Dropped(why, rule="experts-beyond")

@@ -1,24 +1,38 @@
-"""How vLLM 0.32 decides whether and how a module is quantized: `CompressedTensorsConfig`, `AutoGPTQConfig`, `INCConfig` (auto-round).
+"""How vLLM 0.32 decides whether and how a module is quantized: `CompressedTensorsConfig`, `AutoGPTQConfig`, `INCConfig` (auto-round); for formats of other writers see `vllm_others`.
 
-A decider is asked with vLLM's name of a module and answers with a scheme, with None (built unquantized), or raises `Stop`: vLLM stops there. The three are made anew for each
+A decider is asked with vLLM's name of a module and answers with a scheme, with None (built unquantized), or raises `Stop`: vLLM stops there. Deciders are made anew for each
 class of model that is built, since each class brings its own list of joined modules; names in the config are renamed once, by the main model's class.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from qwench.errors import CheckpointError
 from qwench.formats.gptq import read_numbers
 from qwench.formats.quantization_config import read_group
-from qwench.loading.parts import Module
-from qwench.loading.patterns import RE, dynamic_of, first_match, renamed, shard_names
-from qwench.loading.replay import Stop
+from qwench.loading import vllm_others
+from qwench.loading.modelopt import METHODS
+from qwench.loading.parts import Built, Module, Stop
+from qwench.loading.patterns import (
+    RE,
+    agreeing,
+    all_or_none,
+    auto_round_numbers,
+    auto_round_stacks,
+    dynamic_of,
+    first_match,
+    flat,
+    gptq_checked,
+    gptq_numbers,
+    renamed,
+    shard_names,
+)
+from qwench.loading.vllm_others import Packed
 from qwench.numerics import Scheme
 
-Packed = Mapping[str, Sequence[str]]
 CLASSES = {
     "qkv_proj": "QKVParallelLinear",
     "qkv": "QKVParallelLinear",
@@ -40,8 +54,13 @@ SPECIAL = frozenset(r"*+?^$()[]{}|\\")
 class Decider(Protocol):
     """How one quantization method decides."""
 
-    def scheme(self, module: Module, packed: Packed) -> Scheme | None:
+    def scheme(self, module: Module, packed: Packed) -> Built | None:
         """How a module is built; None: unquantized. Raises Stop."""
+
+
+def unknown_method(method: str) -> CheckpointError:
+    """What is raised where a table does not know a method; `reading` says so before."""
+    return CheckpointError(f"the checkpoint is quantized with {method!r}", "the offline proof does not know it")
 
 
 class Unquantized:
@@ -92,9 +111,7 @@ class CompressedTensors:
         if first_match(name, self.ignore):
             return True
         found = [first_match(shard, self.ignore) is not None for shard in shard_names(name, packed)]
-        if any(found) and not all(found):
-            raise Stop("some of its members are in `ignore` and some are not", "ct-ignore-all-or-none")
-        return all(found)
+        return all_or_none(name, found, "in `ignore`", "ct-ignore-all-or-none")
 
     def _by_members(self, name: str, packed: Packed) -> str | None:
         fused = next((key for key in packed if name.endswith(key)), None)
@@ -115,14 +132,13 @@ class Gptq:
 
     def __init__(self, config: Mapping[str, Any], prefixes: Mapping[str, str], stored: Sequence[str], mtp: bool) -> None:
         self.config, self.dynamic = config, config.get("dynamic") or {}
-        listed = _flat(config.get("modules_in_block_to_quantize") or ()) or list(stored)
+        listed = flat(config.get("modules_in_block_to_quantize") or ()) or list(stored)
         self.quantized = [renamed(name, prefixes) for name in listed]
         self.bare_head = mtp and any(key.startswith("-:") and "mtp" in key for key in self.dynamic)
         values = [{**config, **numbers} for key, numbers in self.dynamic.items() if not key.startswith("-:")]
         if any(v.get("desc_act") and v.get("group_size") != -1 for v in (config, *values)):
             raise Stop("activation order (desc_act) is no longer supported", "gptq-no-desc-act")
-        if (config.get("bits"), config.get("sym")) not in {(4, True), (8, True)}:
-            raise Stop(f"{config.get('bits')} bits, sym {config.get('sym')}: symmetric 4 and 8 bits are read", "gptq-numbers")
+        gptq_checked(config, "vLLM reads")
 
     def scheme(self, module: Module, packed: Packed) -> Scheme | None:
         if module.kind == "head" and not self.config.get("lm_head", False):
@@ -134,18 +150,13 @@ class Gptq:
         numbers = dynamic_of(self.dynamic, module.asked)
         if numbers is None:
             return None
-        values = {**self.config, **numbers, "desc_act": False}
-        if (values.get("bits"), values.get("sym")) not in {(4, True), (8, True)}:
-            raise Stop(f"{values.get('bits')} bits, sym {values.get('sym')}: symmetric 4 and 8 bits are read", "gptq-numbers")
-        return read_numbers(values, module.asked)
+        return gptq_numbers({**self.config, **numbers, "desc_act": False}, module.asked, "vLLM reads")
 
     def _has_integers(self, name: str, packed: Packed) -> bool:
         if not self.quantized:
             return True
         found = [any(q in shard for q in self.quantized) for shard in shard_names(name, packed)]
-        if any(found) and not all(found):
-            raise Stop("some of its members are quantized and some are not", "gptq-all-or-none")
-        return found[0]
+        return all_or_none(name, found, "quantized", "gptq-all-or-none")
 
 
 class AutoRound:
@@ -156,9 +167,7 @@ class AutoRound:
         self.extra: dict[str, Mapping[str, Any]] = {
             renamed(key, prefixes): values for key, values in (config.get("extra_config") or {}).items()
         }
-        stacks = config.get("block_name_to_quantize") or config.get("to_quant_block_names") or ()
-        listed = stacks.split(",") if isinstance(stacks, str) else _flat(stacks)
-        self.stacks = tuple(renamed(name, prefixes) for name in listed)
+        self.stacks = tuple(renamed(name, prefixes) for name in auto_round_stacks(config))
 
     def scheme(self, module: Module, packed: Packed) -> Scheme | None:
         values = self._values(module, packed)
@@ -181,24 +190,11 @@ class AutoRound:
             if name.count(fused) == 1:
                 shards = [name.replace(fused, member) for member in members]
                 if any(self._entry(shard) is not None for shard in shards):
-                    return self._agreeing(shards, quantized)
+                    return agreeing([self._numbers(shard, quantized) for shard in shards])
         return self._numbers(name, quantized)
 
-    def _agreeing(self, shards: Sequence[str], quantized: bool) -> dict[str, Any]:
-        found = [self._numbers(shard, quantized) for shard in shards]
-        if any(values != found[0] for values in found):
-            raise Stop("its members have different numbers in `extra_config`", "inc-all-or-none")
-        return found[0]
-
     def _numbers(self, name: str, quantized: bool) -> dict[str, Any]:
-        base = {
-            "bits": self.config.get("bits"),
-            "group_size": self.config.get("group_size"),
-            "sym": self.config.get("sym", True),
-        }
-        entry = self._entry(name) or {}
-        values = base if quantized else {"bits": 16, "group_size": -1, "sym": True}
-        return {key: entry.get(key, value) for key, value in values.items()}
+        return auto_round_numbers(self.config, self._entry(name) or {}, quantized)
 
     def _entry(self, name: str) -> Mapping[str, Any] | None:
         if name in self.extra:
@@ -210,7 +206,11 @@ class AutoRound:
 
 
 def decider_of(
-    config: Mapping[str, Any] | None, prefixes: Mapping[str, str], stored: Sequence[str], mtp: bool = False
+    config: Mapping[str, Any] | None,
+    prefixes: Mapping[str, str],
+    stored: Sequence[str],
+    mtp: bool = False,
+    plain: Sequence[str] = (),
 ) -> Decider:
     """The decider of a quantization_config.
 
@@ -218,6 +218,7 @@ def decider_of(
         prefixes: how the main model's class renames the names in it.
         stored: modules that have integer tensors in the files.
         mtp: whether the network that drafts is built.
+        plain: names before the last dot that have none.
 
     Raises:
         Stop: vLLM refuses the config as a whole.
@@ -226,16 +227,14 @@ def decider_of(
     if not config:
         return Unquantized()
     method = config.get("quant_method", "compressed-tensors")
-    if method == "compressed-tensors":
-        return CompressedTensors(config, prefixes)
-    if method == "gptq":
-        return Gptq(config, prefixes, stored, mtp)
-    if method == "auto-round":
-        return AutoRound(config, prefixes)
-    raise CheckpointError(
-        f"the checkpoint is quantized with {method!r}", "the offline proof knows compressed-tensors, gptq and auto-round"
-    )
-
-
-def _flat(names: Any) -> list[str]:
-    return [leaf for name in names for leaf in ([name] if isinstance(name, str) else _flat(name))]
+    deciders: dict[str, Callable[[], Decider]] = {
+        "compressed-tensors": lambda: CompressedTensors(config, prefixes),
+        "gptq": lambda: Gptq(config, prefixes, stored, mtp),
+        "auto-round": lambda: AutoRound(config, prefixes),
+        "fp8": lambda: vllm_others.Fp8(config, prefixes),
+        **dict.fromkeys(("awq", "auto_awq", "awq_marlin"), lambda: vllm_others.Awq(config, prefixes, plain)),
+        **dict.fromkeys(METHODS, lambda: vllm_others.modelopt(config, prefixes, mtp)),
+    }
+    if method not in deciders:
+        raise unknown_method(method)
+    return deciders[method]()

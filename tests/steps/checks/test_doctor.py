@@ -17,6 +17,7 @@ from qwench.errors import CheckpointError, EngineError, VerificationError
 from qwench.result import read_result
 from qwench.steps.checks.doctor import examine
 from qwench.steps.checks.proof import offline, offline_release
+from tests.loading import others
 from tests.loading.cases import make, release, variant
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -87,15 +88,31 @@ def test_what_a_config_promises_and_the_files_lack_is_told(home: Path, tmp_path:
     assert not found.good and "MTP head is missing" in found.complaints[0][0] and "graft" in found.complaints[0][1]
 
 
-def test_a_method_that_no_table_knows_is_not_called_fine(home: Path, tmp_path: Path) -> None:
+def test_a_method_is_told_of_engine_by_engine(home: Path, tmp_path: Path) -> None:
+    """Who reads it, who stops, and who was not played through: never nothing, and never `fine`."""
     other = variant(
         release(home, "dense", "bf16"),
         tmp_path / "m",
-        lambda c: c.update(quantization_config={"quant_method": "awq", "bits": 4}),
+        lambda c: c.update(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
     )
     found = examine(str(other))
-    assert not found.good and found.proofs == {} and "'awq'" in found.complaints[-1][0]
-    assert CliRunner().invoke(app, ["doctor", str(other)]).exit_code == 3
+    assert not found.good and {
+        name: proof.findings[0].level for name, proof in found.proofs.items() if name in ("vllm", "sglang")
+    } == {
+        "vllm": "refuses",
+        "sglang": "unknown",
+    }
+    assert "vLLM 0.32 does not read 'bitsandbytes'" in found.proofs["vllm"].findings[0].what
+    told = CliRunner().invoke(app, ["doctor", str(other)])
+    assert told.exit_code == 3 and "use SGLang and transformers" in told.output
+
+
+def test_a_modelopt_release_is_examined(home: Path, tmp_path: Path) -> None:
+    folder = others.make(tmp_path, "nvfp4: head missing from the list")
+    told = CliRunner().invoke(app, ["doctor", str(folder)])
+    assert told.exit_code == 3 and "Qwen3_5MTP stops" in told.output and "and unquantized, there is room for" in told.output
+    assert "transformers 5.23 does not read 'modelopt'" in told.output and "--fix` would mend" in told.output
+    assert examine(str(folder)).complaints == ()
 
 
 def test_commands_and_their_exit_codes(home: Path) -> None:

@@ -14,6 +14,7 @@ from rich.console import Console
 from qwench.checkpoint.headers import open_headers
 from qwench.checkpoint.source import StoredSource
 from qwench.errors import CheckpointError
+from qwench.loading.modelopt import effective
 from qwench.loading.replay import container_for
 from qwench.models.facts import facts
 from qwench.models.geometry import Complaint
@@ -101,7 +102,7 @@ def examine(model: str, fix: bool = False) -> Examination:
 def complaints(source: StoredSource) -> list[Complaint]:
     """What `qwench inspect` finds lost or wrong; quantized names, which it does not know, are left to the proofs."""
     found = facts(source)
-    return [*losses(found), *(found.complaints if not source.config.get("quantization_config") else ())]
+    return [*losses(found), *(found.complaints if not effective(source).config.get("quantization_config") else ())]
 
 
 def show_examination(found: Examination, console: Console) -> None:

@@ -9,25 +9,25 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from qwench.checkpoint.folder import CONFIG_NAME, INDEX_NAME
-from qwench.checkpoint.source import Part, StoredSource, TensorEntry
+from qwench.checkpoint.source import StoredSource
 from qwench.errors import CheckpointError, OutputError
 from qwench.formats import Container
 from qwench.formats.quantization_config import read_group
+from qwench.loading import modelopt
 from qwench.loading.findings import Proof
-from qwench.loading.network import EXPERT, decoder_claims, head_claims, tower_claims
+from qwench.loading.modelopt import effective
 from qwench.loading.proof import TABLES, prove
+from qwench.loading.reconfigured import Reconfigured
 from qwench.loading.replay import container_for
-from qwench.models.claims import Claim
 from qwench.models.layout import OF_IMAGE_POSITIONS, is_text_only
 from qwench.numerics import Scheme
+from qwench.steps.checks.mend_lists import full_list, in_fused, linear_claims
 
 Config = dict[str, Any]
 SINGLE = "model.safetensors"
@@ -52,23 +52,6 @@ class Mend:
 
     name: str
     change: Callable[[StoredSource], Config | None]
-
-
-class Reconfigured:
-    """A source under another config; see `StoredSource`."""
-
-    def __init__(self, source: StoredSource, config: Config) -> None:
-        self.source, self.config = source, config
-        self.folder, self.tensors, self.notes = source.folder, source.tensors, source.notes
-
-    def read(self, name: str, part: Part = ()) -> Tensor:
-        return self.source.read(name, part)
-
-    def chunks(self, name: str, part: Part = ()) -> Iterator[memoryview]:
-        return self.source.chunks(name, part)
-
-    def stamp(self) -> str:
-        return self.source.stamp()
 
 
 @dataclass(frozen=True)
@@ -96,7 +79,7 @@ def mended(source: StoredSource, values: bool = True) -> Mended:
     Raises:
         CheckpointError: from the proofs.
     """
-    config, told = source.config, list[str]()
+    config, told = effective(source).config, list[str]()
     before = proofs = prove_all(source, values)
     for mend in MENDS:
         candidate = mend.change(Reconfigured(source, config)) if not all(proof.good for proof in proofs.values()) else None
@@ -106,7 +89,7 @@ def mended(source: StoredSource, values: bool = True) -> Mended:
         if helps(proofs, then):
             config, proofs = candidate, then
             told.append(mend.name)
-    return Mended(config, told, before, proofs)
+    return Mended(config if told else source.config, told, before, proofs)
 
 
 def prove_all(source: StoredSource, values: bool) -> dict[str, Proof]:
@@ -129,20 +112,35 @@ def write_config(folder: Path, config: Config, container: Container | None) -> l
 
     Every file is written beside and renamed into place, config.json last. Raises OutputError.
     """
-    files = {CONFIG_NAME: (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()}
-    for name, data in (container.sidecars(config["quantization_config"]) if container else {}).items():
-        if (folder / name).is_file():
-            files = {name: data} | files
+    quantization = config.get("quantization_config") or {}
+    beside = container.sidecars(quantization) if container else {}
+    if quantization.get(modelopt.FROM_SIDECAR):  # config.json says nothing of it
+        beside = {
+            modelopt.SIDECAR: _json({k: v for k, v in quantization.items() if k not in ("quant_method", modelopt.FROM_SIDECAR)})
+        }
+        config = {key: value for key, value in config.items() if key != "quantization_config"}
+    files = {name: data for name, data in beside.items() if (folder / name).is_file()}
+    if _changes(folder / CONFIG_NAME, config):
+        files[CONFIG_NAME] = _json(config)
     try:
         for name, data in files.items():
-            beside = folder / f".{name}.new"
-            beside.write_bytes(data)
-            beside.replace(folder / name)
+            new = folder / f".{name}.new"
+            new.write_bytes(data)
+            new.replace(folder / name)
     except OSError as error:
         raise OutputError(
             f"{folder}: {error.strerror}: {error.filename}", "make the folder writable, or mend a copy of it"
         ) from None
     return list(files)
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _changes(path: Path, content: Config) -> bool:
+    """Whether a file says something else; how it is laid out does not count."""
+    return not path.is_file() or json.loads(path.read_text(encoding="utf-8")) != content
 
 
 def _names_the_index(source: StoredSource) -> Config | None:
@@ -218,29 +216,13 @@ def stored_schemes(source: StoredSource, container: Container) -> tuple[dict[str
     assigned: dict[str, Scheme] = {}
     kept: list[str] = []
     known = mentioned_schemes(source.config["quantization_config"], container)
-    for claim in _linear(source.config):
+    for claim in linear_claims(source.config):
         module = claim.tensor.removesuffix(".weight")
         if f"{module}.{container.SCALES}" in source.tensors:
             assigned[module] = _fitting(module, claim.shape, source, container, known)
-        elif claim.tensor in source.tensors or _in_fused(module, source.tensors):
+        elif claim.tensor in source.tensors or in_fused(module, source.tensors):
             kept.append(module)
     return assigned, kept
-
-
-def _linear(config: Config) -> list[Claim]:
-    """Every matrix, experts one by one, of trunk, head and tower under either prefix."""
-    prefixes = ("model.language_model.", "model.")
-    claims = [
-        *(c for prefix in prefixes for c in decoder_claims(config, prefix)),
-        *head_claims(config, 1),
-        *tower_claims(config),
-    ]
-    return [claim for claim in {c.tensor: c for c in claims}.values() if claim.slots[0].linear]
-
-
-def _in_fused(module: str, tensors: Mapping[str, TensorEntry]) -> bool:
-    found = EXPERT.match(module)
-    return found is not None and f"{found['stem']}.{'down_proj' if found['leaf'] == 'down_proj' else 'gate_up_proj'}" in tensors
 
 
 def _fitting(
@@ -293,6 +275,10 @@ MENDS = (
     Mend(
         "config.json: the lists of quantized and unquantized modules say what the files hold, under every engine's names",
         _what_is_stored,
+    ),
+    Mend(
+        "config.json: the list of what is not quantized (of older ModelOpt files in hf_quant_config.json) names every such module in full, which all engines read alike",
+        full_list,
     ),
 )
 """In the order in which they are tried."""
