@@ -54,7 +54,7 @@ class LoadFinding(Record):
     """One thing that an engine would stumble over, told from headers and config."""
 
     level: str
-    """`refuses` (stops with an error), `random` (a parameter holds whatever memory held), `wrong` (computes something else), `lost` (a tensor is not used), `note`."""
+    """`refuses` (stops with an error), `random` (a parameter holds whatever memory held), `wrong` (computes something else), `lost` (a tensor is not used), `unknown` (the engine reads the format and was not played through for it), `note`."""
     what: str
     """In words, with names and numbers."""
     mend: str
