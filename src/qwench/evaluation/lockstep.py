@@ -8,7 +8,7 @@ at the same time, their relative difference from the source there is known for e
     error_i = || release_i - source_i || / || source_i ||     (Frobenius norm over all rows, after decoder layer i)
 
 That error has come through all layers before. What a layer adds by itself is seen where it is given what the source's layer is given: the last rows of every batch that goes through a layer of the
-release are the source's hidden states before it (an eighth of the rows, at least one), and what comes out is compared with what the source's layer makes of the same:
+release are the source's hidden states before it (every fourth row), and what comes out is compared with what the source's layer makes of the same:
 
     own_i = || release's layer i (source_(i-1)) - source_i || / || source_i ||     (over these rows)
 
@@ -28,7 +28,7 @@ from torch import Tensor
 from qwench.errors import CheckpointError
 from qwench.machine import peak_rss
 
-OWN = 8
+OWN = 4
 """Of so many rows, one is also taken through each layer of a release alone."""
 
 

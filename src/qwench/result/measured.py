@@ -144,7 +144,7 @@ class Figures(Record):
     """After each decoder layer, ||release - source|| / ||source|| over the hidden states of all rows: what has come together so far."""
     own_error_by_layer: list[Ratio] = Field(default_factory=list)
     """What each decoder layer adds by itself: the release's layer and the source's are given the same hidden states, those of the source before it, and ||release - source|| / ||source|| is
-    taken after it, over every eighth row. Empty in records of before it was measured."""
+    taken after it, over every fourth row. Empty in records of before it was measured."""
     divergence_by_layer: LayerDivergence | None = None
     """The divergence as if the network ended after each layer; null in records of before it was measured."""
 

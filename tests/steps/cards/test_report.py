@@ -16,11 +16,23 @@ import pytest
 from qwench.display import Report
 from qwench.errors import OutputError
 from qwench.recipe import parse_recipe
-from qwench.result import Acceptance, CalibrationFacts, Divergence, read_result, write_result
+from qwench.result import (
+    Acceptance,
+    AcceptanceCheck,
+    CalibrationFacts,
+    Divergence,
+    Figures,
+    LayerDivergence,
+    LoadFinding,
+    LoadProof,
+    read_result,
+    write_result,
+)
 from qwench.run import run_recipe
 from qwench.steps.cards import svg as svg
 from qwench.steps.cards.card import write_card
 from qwench.steps.cards.report import acceptance_drawing, report_text, tail_drawing
+from tests.steps.cards.test_heads import graft
 from tests.steps.cards.test_pruning import facts
 from tests.steps.releases import estimate, evaluation, release, verification
 from tests.support.tiny import tiny_config, write_tiny
@@ -153,6 +165,78 @@ def test_files_of_a_gguf_release_stand_one_by_one() -> None:
     page = Page(text)
     assert {"m-Q8_0.gguf", "m-Q4_K_M.gguf"} <= set(page.texts)
     assert "0.0004 to 0.021" in page.texts
+    sizes = next(d for d in drawings(text) if "size and divergence" in d.get("aria-label", ""))
+    points = marks(sizes, "circle", "after")
+    assert [title_of(p).split(":")[0] for p in points] == ["Q8_0", "Q4_K_M"]
+    assert float(points[0].get("cy", 0)) > float(points[1].get("cy", 0)), "what diverges more stands higher"
+    types = re.findall(r"<tr><td>attention</td>(.*?)</tr>", text)
+    assert types == ["<td>3 nvfp4 g16, 3 BF16</td><td>3 nvfp4 g16, 3 BF16</td>"]
+    assert text.count("<summary><h3>m-Q") == 2
+
+
+def test_layers_stand_at_their_heights_and_the_costliest_is_marked() -> None:
+    apart = LayerDivergence(positions=97, by_layer=[estimate(mean, 0.01) for mean in (0.1, 0.3, 0.2, 0.4)])
+    without = Figures.model_validate(
+        evaluation().model_dump(include=set(Figures.model_fields)) | {"hidden_error_by_layer": [0.06, 0.08, 0.1, 0.12]}
+    )
+    found = evaluation(own_error_by_layer=[0.01, 0.02, 0.05, 0.03], divergence_by_layer=apart, without_corrections=without)
+    text = report_text(release(evaluation=found), tiny_config(), "r")
+    Page(text)
+    hidden, kl = (
+        next(d for d in drawings(text) if d.get("aria-label") == label)
+        for label in ("difference of hidden states by layer", "KL by layer")
+    )
+    heights = [float(m.get("cy", 0)) for m in marks(hidden, "circle", "after") + marks(hidden, "circle", "without")]
+    scale = (heights[0] - heights[3]) / (5.9 - 3.1)
+    assert [heights[0] - (value - 3.1) * scale for value in (3.1, 4.2, 4.7, 5.9, 6, 8, 10, 12)] == pytest.approx(
+        heights, abs=0.2
+    )
+    assert [title_of(m) for m in marks(hidden, "rect", "mark")] == ["layer 2 by itself: 5%"] and len(
+        marks(hidden, "rect", "under")
+    ) == 3
+    assert [title_of(m) for m in marks(kl, "circle", "after")] == [
+        "after layer 0: 0.1",
+        "after layer 1: 0.3",
+        "after layer 2: 0.2",
+        "after layer 3: 0.4",
+    ]
+    assert len([m for m in marks(kl, "line", "after") if "thin" in m.get("class", "")]) == 4, "a standard error each"
+    assert "By itself layer 2 (5%) adds most" in text and "without corrections 0.0213" in text
+
+
+def test_a_release_that_equals_its_source_has_no_empty_axes() -> None:
+    zero = evaluation(hidden_error_by_layer=[0.0, 0.0], own_error_by_layer=[0.0, 0.0])
+    text = report_text(release(evaluation=zero), tiny_config(), "r")
+    assert not any(d.get("aria-label") == "difference of hidden states by layer" for d in drawings(text))
+
+
+def test_what_the_run_measured_of_the_head_and_what_it_was_calibrated_on_are_told() -> None:
+    check = AcceptanceCheck(
+        floor=0.5,
+        source=Acceptance(by_position=[estimate(0.61, 0.02)]),
+        release=Acceptance(by_position=[estimate(0.43, 0.03)]),
+        documents=8,
+        length=256,
+        overridden=True,
+    )
+    read = CalibrationFacts(
+        text="t", text_sha256="1", ids_sha256="2", rows=7, length=97, images=5, left_out={"too short": 3}, lost_rows=[(1, 2)]
+    )
+    proof = LoadProof(
+        engine="sglang", version="0.5", good=False, findings=[LoadFinding(level="lost", what="mtp.fc.weight", mend="rename it")]
+    )
+    text = report_text(release(acceptance=check, calibration=read, graft=graft(), load_proofs=[proof]), tiny_config(), "r")
+    said = " ".join(Page(text).texts)
+    for words in (
+        "61.0% ± 2.0% in the source, 43.0% ± 3.0% here",
+        "finished all the same",
+        "With 5 images",
+        "3 (too short)",
+        "1 rows were left out",
+        "does not load right",
+        "rename it",
+    ):
+        assert words in said, words
 
 
 def test_acceptance_stands_at_its_height() -> None:

@@ -51,4 +51,5 @@ def layer_words(evaluation: Evaluation) -> str:
         return ""
     named = [f"layer {i} ({own[i]:.2g}%)" for i in order[:NAMED]]
     more = f", then {' and '.join(named[1:])}" if named[1:] else ""
-    return f"By itself {named[0]} adds most to the hidden states{more}; half of the layers add less than {statistics.median(own):.2g}%."
+    rest = f"; half of the layers add less than {statistics.median(own):.2g}%" if len(own) > 2 * NAMED else ""
+    return f"By itself {named[0]} adds most to the hidden states{more}{rest}."

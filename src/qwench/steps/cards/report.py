@@ -39,6 +39,8 @@ from qwench.steps.cards.values import (
     task_values,
     verified_text,
 )
+from qwench.steps.gguf.card import ladder
+from qwench.steps.gguf.card import networks as gguf_networks
 
 FILE_NAME = "report.html"
 READINGS = [("after", "release"), ("without", "without corrections")]
@@ -60,7 +62,7 @@ def report_text(result: Result, config: dict[str, Any], title: str) -> str:
 
 def report_values(result: Result, config: dict[str, Any], title: str) -> dict[str, Any]:
     """What the template fills in: text, and drawings as markup."""
-    networks = [file for file in result.files if file.content in ("model", "trunk")]
+    networks = gguf_networks(result)
     measured = measured_networks(result)
     return {
         "title": title,
@@ -69,6 +71,9 @@ def report_values(result: Result, config: dict[str, Any], title: str) -> dict[st
         "recipe_about": result.recipe.get("about", ""),
         "recipe": yaml.safe_dump(result.recipe, sort_keys=False, allow_unicode=True, width=100),
         "tiles": tiles(result, measured),
+        "types": stored_types(networks),
+        "ladder": ladder(result),
+        "sizes": size_drawing(networks),
         "precision": _drawn(precision_map, result, config),
         "schemes": schemes(result.errors),
         "stored": [(row.component, row.stored, row.tensors, size_text(row.bytes)) for row in result.precision],
@@ -186,6 +191,30 @@ def _precisions(result: Result, networks: list[FileFact]) -> list[tuple[str, lis
     return [(file.name, file.precision) for file in networks if file.precision]
 
 
+def stored_types(networks: list[FileFact]) -> dict[str, Any] | None:
+    """What each component is stored as in each file of a GGUF release: `files`, and `rows` of a component and its types; None where there are no such files."""
+    kept = [file for file in networks if file.precision]
+    components = list(dict.fromkeys(row.component for file in kept for row in file.precision))
+    cells = {
+        (file.name, component): ", ".join(f"{row.tensors} {row.stored}" for row in file.precision if row.component == component)
+        for file in kept
+        for component in components
+    }
+    rows = [(component, [cells[file.name, component] or "-" for file in kept]) for component in components]
+    return {"files": [file.file_type or file.name for file in kept], "rows": rows} if kept else None
+
+
+def size_drawing(networks: list[FileFact]) -> Markup | None:
+    """Size of each file against its divergence; None where fewer than two were measured. One that equals the source has no place on a logarithmic axis."""
+    means = {file.name: file.evaluation.divergence.mean for file in networks if file.evaluation}
+    points = [
+        (file.file_type or file.name, float(file.bytes), means[file.name].mean, means[file.name].standard_error)
+        for file in networks
+        if file.name in means and means[file.name].mean > 0
+    ]
+    return Markup(svg.scatter(points, size_text, "size of the file", "size and divergence")) if len(points) > 1 else None
+
+
 def bytes_drawing(rows: list[PrecisionRow]) -> Markup:
     """Bytes by component, source and release, as the card draws them."""
     return Markup(svg.bars(byte_rows(rows), size_text, "bytes by component"))
@@ -231,9 +260,11 @@ def quality(evaluation: Evaluation) -> dict[str, Any]:
 def depth_drawing(
     evaluation: Evaluation, of: Callable[[Figures], list[float]], unit: str, label: str, spread: Sequence[float] = (), own: Sequence[float] = ()
 ) -> Markup | None:  # fmt: skip
-    """A measure after every layer, for each reading of the release, over what each layer adds by itself (`own`); None where there is none."""
+    """A measure after every layer, for each reading of the release, over what each layer adds by itself (`own`); None where nothing differs or nothing was measured."""
     series = [(kind, values) for kind, figures in sides(evaluation) if (values := of(figures))]
-    return Markup(svg.lines(series, unit, "decoder layer", label, spread, own, costliest(own))) if series else None
+    if not any(value for _, values in series for value in values):
+        return None
+    return Markup(svg.lines(series, unit, "decoder layer", label, spread, own, costliest(own)))
 
 
 def tail_drawing(divergence: Divergence) -> str:

@@ -42,7 +42,7 @@ def grid_map(rows: Sequence[str], columns: Sequence[str], cells: Sequence[Sequen
     Args:
         cells: [row][column]: (class or colour, title), or None for nothing there.
     """
-    size, left, top = 18.0, 62.0, 8 + 5.6 * max((len(name) for name in columns), default=0)
+    size, left, top = 18.0, 62.0, 10 + 6.2 * max((len(name) for name in columns), default=0)
     parts = [
         f'<text transform="translate({_n(left + size * (i + 0.5) + 3)} {_n(top - 5)}) rotate(-90)">{escape(name)}</text>'
         for i, name in enumerate(columns)
@@ -162,6 +162,22 @@ def intervals(groups: Sequence[tuple[str, Sequence[tuple[str, float, float]]]], 
             top, bottom = y(min(mean + error, 100)), y(max(mean - error, 0))
             parts.append(f'<line x1="{_n(at)}" x2="{_n(at)}" y1="{_n(top)}" y2="{_n(bottom)}" class="{kind}"/>')
             parts.append(f'<circle cx="{_n(at)}" cy="{_n(y(mean))}" r="4" class="{kind}"><title>{kind}, position {name}: {mean:.1f}% ± {error:.1f}%</title></circle>')  # fmt: skip
+    return drawing(WIDTH, height, parts, label)
+
+
+def scatter(points: Sequence[tuple[str, float, float, float]], show: Callable[[float], str], x_name: str, label: str) -> str:
+    """(name, x, y, standard error of y) with y logarithmic and above 0; names stand beside their points."""
+    height = 220.0
+    x = linear(0, max(at for _, at, *_ in points) * 1.25, LEFT + 6, WIDTH - RIGHT)
+    low, high = min(value for *_, value, _ in points), max(value + error for *_, value, error in points)
+    y = logarithmic(low / 1.8, high * 1.6, height - BOTTOM, TOP)
+    ticks = nice(0, max(at for _, at, *_ in points) * 1.25, 4)
+    parts = _axes(height, y, decades(low / 1.8, high * 1.6), power, x, ticks, show, x_name)
+    for name, at, value, error in points:
+        bottom, top = _n(y(max(value - error, low / 1.8))), _n(y(value + error))
+        parts.append(f'<line x1="{_n(x(at))}" x2="{_n(x(at))}" y1="{top}" y2="{bottom}" class="after thin"/>')
+        parts.append(f'<circle cx="{_n(x(at))}" cy="{_n(y(value))}" r="4" class="after"><title>{escape(name)}: {show(at)}, {value:.3g} ± {error:.2g}</title></circle>')  # fmt: skip
+        parts.append(text(x(at) + 7, y(value) + 3, name, kind="small"))
     return drawing(WIDTH, height, parts, label)
 
 

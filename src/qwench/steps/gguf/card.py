@@ -55,7 +55,7 @@ def card_values(result: Result, title: str) -> dict[str, Any]:
         "recipe_name": result.recipe.get("name", "unnamed"),
         "recipe_about": str(result.recipe.get("about", "")).rstrip("."),
         "recipe": yaml.safe_dump(result.recipe, sort_keys=False, allow_unicode=True, width=120),
-        "ladder": [ladder_row(file, _verification(result, file)) for file in _networks(result)],
+        "ladder": ladder(result),
         "files": [file_row(file) for file in result.files],
         "evaluation": _text(measured) if measured else None,
         "has_mtp": has_mtp(result),
@@ -91,6 +91,11 @@ def has_mtp(result: Result) -> bool:
     return any(row.component == "mtp" for file in result.files for row in file.precision)
 
 
+def ladder(result: Result) -> list[dict[str, str]]:
+    """A rung for each file that is a language model by itself."""
+    return [ladder_row(file, _verification(result, file)) for file in networks(result)]
+
+
 def ladder_row(file: FileFact, verification: Verification | None) -> dict[str, str]:
     """One rung: size and quality of one file."""
     found = file.evaluation
@@ -121,7 +126,7 @@ def file_row(file: FileFact) -> dict[str, str]:
 def acceptance_table(result: Result) -> list[dict[str, str]]:
     """Acceptance by position: the source first, then every file that drafts."""
     rows: list[dict[str, str]] = []
-    for file in _networks(result):
+    for file in networks(result):
         if file.evaluation is None or file.evaluation.acceptance_release is None:
             continue
         if not rows and file.evaluation.acceptance_source:
@@ -169,7 +174,7 @@ def verification_row(found: Verification) -> dict[str, str]:
 def commands(result: Result) -> str:
     """How to serve the best-known file; "" where no file was verified."""
     good = [v.file for v in result.verifications if v.engine == ENGINE and v.outcome in ("agrees", "loads") and v.file]
-    models = [f for f in _networks(result) if f.name in good]
+    models = [f for f in networks(result) if f.name in good]
     if not models:
         return ""
     chosen = next((f for f in models if f.file_type in ("Q6_K", "Q4_K_M")), models[0])
@@ -185,7 +190,7 @@ def _importance_file(result: Result) -> str:
     return f"`{Path(stated).name}`" if isinstance(stated, str) else ""
 
 
-def _networks(result: Result) -> list[FileFact]:
+def networks(result: Result) -> list[FileFact]:
     """Files that are language models by themselves."""
     return [file for file in result.files if file.content in ("model", "trunk")]
 
