@@ -14,6 +14,7 @@ import yaml
 
 from qwench.errors import CheckpointError, OutputError
 from qwench.result import Result, read_result
+from qwench.steps.cards.calibration import reach_values
 from qwench.steps.cards.engines import engine_sections
 from qwench.steps.cards.heads import gate_values, graft_values
 from qwench.steps.cards.plots import draw_plots, size_text
@@ -116,6 +117,7 @@ def card_values(result: Result, config: dict[str, Any], title: str) -> dict[str,
         "graft": graft_values(result.graft),
         "gate": gate_values(result.acceptance),
         "pruning": pruning_values(result.pruning),
+        "reach": reach_values(result.calibration, result.recipe),
         "tasks": task_values(result.tasks),
         "errors": error_rows(result.errors),
         "engines": engine_sections(result, title),

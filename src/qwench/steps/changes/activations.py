@@ -22,6 +22,7 @@ from qwench.methods.activation_range import BlockSizes, Examples, chosen_range, 
 from qwench.models.map import Slot
 from qwench.numerics import InputRounding, Scheme
 from qwench.recipe import ActivationSettings
+from qwench.steps.fallbacks import RANGE_OF_OTHERS
 from qwench.stream.live import LiveBlock
 from qwench.stream.observe import Take, taking_inputs
 from qwench.stream.walk import Rows
@@ -109,7 +110,7 @@ class ActivationRanges:
         if missed := [name for name, sizes in seen.items() if not sizes.tokens]:
             numbers = ", ".join(name.split(".")[1] for name in missed[:NAMED])
             parts.append(
-                f"{len(missed)} experts that no token reached ({numbers}{' ...' if len(missed) > NAMED else ''}) have the largest range"
+                f"{len(missed)} {RANGE_OF_OTHERS} ({numbers}{' ...' if len(missed) > NAMED else ''}) have the largest range"
             )
         return "; ".join(parts)
 

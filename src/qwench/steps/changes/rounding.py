@@ -18,6 +18,7 @@ from qwench.methods.rtn import round_fused
 from qwench.models.map import Block, Slot
 from qwench.numerics import Quantized, Scheme
 from qwench.recipe import Correct, GptqSettings, Quantize
+from qwench.steps.fallbacks import ROUNDED
 from qwench.steps.planning.jobs import WeightSet, weight_sets
 from qwench.stream.live import LiveBlock
 from qwench.stream.mixture import in_mixture, moments_of
@@ -83,7 +84,7 @@ class Rounding:
             values, moment.second, moment.count, weights.scheme, options, enough=self.settings.gptq.least_tokens
         )
         if report.fallback:
-            self.reports[weights.name] = f"rounded to nearest: {report.fallback}"
+            self.reports[weights.name] = ROUNDED + report.fallback
         elif report.relative is not None:
             self.reports[weights.name] = (
                 f"loss {report.relative:.3f} of rounding, damping {report.damping:g}, {report.dead} dead columns"

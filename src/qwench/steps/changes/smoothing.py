@@ -31,6 +31,7 @@ from qwench.steps.changes.judges import (
     run_some,
 )
 from qwench.steps.changes.rounding import input_of
+from qwench.steps.fallbacks import SILENT
 from qwench.stream.head import STEM as MTP
 from qwench.stream.head import with_plain_roles
 from qwench.stream.live import LiveBlock
@@ -95,7 +96,7 @@ class Smoothing:
                 found.append(self._linear(live, fold, source, readers, inputs))
             else:
                 silent.append(source.expert)
-        self.reports[key] = together(found) + (f"; no token reached experts {silent}: 1 is kept" if silent else "")
+        self.reports[key] = together(found) + (f"; {SILENT}{silent}: 1 is kept" if silent else "")
 
     def _norm(self, live: LiveBlock, rows: Rows, fold: Fold, source: Slot, readers: list[Slot]) -> Found:
         weight, dtype = live.weight(source).clone(), TORCH_DTYPE[self.source.tensors[source.tensor].dtype]

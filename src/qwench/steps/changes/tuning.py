@@ -18,6 +18,7 @@ from qwench.models.map import Slot
 from qwench.numerics import Quantized, Scheme
 from qwench.recipe import Correct, Quantize
 from qwench.steps.changes.rounding import Rounding, corrected, input_of
+from qwench.steps.fallbacks import UNREACHED
 from qwench.steps.planning.jobs import WeightSet, weight_sets
 from qwench.stream.hidden import States
 from qwench.stream.live import Batch, LiveBlock
@@ -84,7 +85,7 @@ class Tuning:
         self.reports[f"{live.label} autoround"] = report.says
         if report.unreached:
             named = ", ".join(module.removeprefix(live.stem) for module in report.unreached)
-            self.reports[f"{live.label} autoround, not reached by any token"] = f"they stay as they started: {named}"
+            self.reports[f"{live.label} autoround{UNREACHED}"] = f"they stay as they started: {named}"
         for module, quantized in found.items():
             live.store(slots[module], quantized)
         if self.correct and live.block.component == "text":  # no engine adds one to an MTP head

@@ -1,0 +1,10 @@
+"""What the reports of methods say where calibration did not suffice: written by `changes`, looked for by cards."""
+
+ROUNDED = "rounded to nearest: "
+"""How the report of a set begins that GPTQ could not be done for."""
+SILENT = "no token reached experts "
+"""In the report of a fold of AWQ, before the experts that it found no scale for."""
+UNREACHED = ", not reached by any token"
+"""How the key of AutoRound's report ends that names what stays as it started."""
+RANGE_OF_OTHERS = "experts that no token reached"
+"""In the report of input ranges, where a range was taken over from the other experts."""
