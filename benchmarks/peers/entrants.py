@@ -51,8 +51,10 @@ ATTENTION_INT8 = {r"+:.*self_attn\..*": {"bits": 8}}
 ROUTERS_KEPT = {r"mlp\.gate$": {"bits": 16}, r"shared_expert_gate$": {"bits": 16}}
 
 
-BFLOAT16 = {"compute": "bfloat16"}
-"""Ours in the numbers that the others compute in on processors that multiply them fast."""
+FLOAT32 = {"compute": "float32"}
+"""Ours in the numbers of processors that do not multiply bfloat16; without it, in those that suit the processor, as all others do."""
+GROUPED = {"gptq": {"order": "grouped"}, "search": "mse", "format": "gptq"}
+FROM_ROUNDING, FROM_GPTQ = ({"format": "auto-round", "autoround": {"start": start}} for start in ("rounding", "gptq"))
 
 
 def _llm_compressor(method: str, rival: str, scheme: str = "W4A16", **other: Any) -> Entrant:
@@ -79,26 +81,26 @@ ENTRANTS = (
     Entrant("a-rtn-gated", OURS, "A", "rtn", {"gate": True}),
     _llm_compressor("rtn", "a-rtn"),
     Entrant("a-awq", OURS, "A", "awq"),
-    Entrant("a-awq-bfloat16", OURS, "A", "awq", BFLOAT16),
+    Entrant("a-awq-float32", OURS, "A", "awq", FLOAT32),
     _llm_compressor("awq", "a-awq"),
     Entrant("a-gptq", OURS, "A", "gptq"),
     Entrant("a-gptq-searched", OURS, "A", "gptq", {"search": "mse"}),
-    Entrant("a-gptq-searched-bfloat16", OURS, "A", "gptq", {"search": "mse", **BFLOAT16}),
+    Entrant("a-gptq-searched-float32", OURS, "A", "gptq", {"search": "mse", **FLOAT32}),
     _llm_compressor("gptq", "a-gptq-searched"),
     Entrant("a-nvfp4", OURS, "A", "rtn", {"scheme": "nvfp4"}),
     Entrant("a-nvfp4-searched", OURS, "A", "rtn", {"scheme": "nvfp4", "search": "mse"}),
     _llm_compressor("nvfp4a16", "a-nvfp4", "NVFP4A16"),
     Entrant("b-rtn", OURS, "B", "rtn", {"format": "gptq"}),
-    Entrant("b-gptq", OURS, "B", "gptq", {"gptq": {"order": "grouped"}, "search": "mse", "format": "gptq"}),
-    Entrant("b-gptq-bfloat16", OURS, "B", "gptq", {"gptq": {"order": "grouped"}, "search": "mse", "format": "gptq", **BFLOAT16}),
+    Entrant("b-gptq", OURS, "B", "gptq", GROUPED),
+    Entrant("b-gptq-float32", OURS, "B", "gptq", {**GROUPED, **FLOAT32}),
     _gptqmodel("gptq", "gptq", "b-gptq", desc_act=False),
     _gptqmodel("gptq-desc-act", "gptq", "b-gptq", desc_act=True),
-    Entrant("b-gptq-eora", OURS, "B", "gptq", {"gptq": {"order": "grouped"}, "search": "mse", "rank": 64, "format": "gptq"}),
+    Entrant("b-gptq-eora", OURS, "B", "gptq", {**GROUPED, "rank": 64}),
     _gptqmodel("gptq-eora", "eora", "b-gptq-eora", desc_act=False, rank=64),
     Entrant("c-rtn", OURS, "C", "rtn", {"format": "auto-round"}),
-    Entrant("c-autoround", OURS, "C", "autoround", {"format": "auto-round"}, tuned=True),
-    Entrant("c-autoround-from-rounding", OURS, "C", "autoround", {"format": "auto-round", "autoround": {"start": "rounding"}}, tuned=True),
-    Entrant("c-autoround-bfloat16", OURS, "C", "autoround", {"format": "auto-round", **BFLOAT16}, tuned=True),
+    Entrant("c-autoround", OURS, "C", "autoround", FROM_ROUNDING, tuned=True),
+    Entrant("c-autoround-from-gptq", OURS, "C", "autoround", FROM_GPTQ, tuned=True),
+    Entrant("c-autoround-float32", OURS, "C", "autoround", {**FROM_ROUNDING, **FLOAT32}, tuned=True),
     Entrant("auto-round", "auto-round", "C", "w4a16", {"kept": {}}, "c-autoround", ("dense",), tuned=True),
     Entrant("auto-round-moe", "auto-round", "C", "w4a16", {"kept": ROUTERS_KEPT}, "c-autoround", ("moe",), tuned=True),
     *_pruned(25),

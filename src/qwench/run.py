@@ -94,7 +94,7 @@ def run_recipe(
     plan = make_plan(recipe, source, map_of(source))
     rows = rows_for(recipe, located.path) if recipe.calibrated else None
     watch = watch_head(material, changed=plan.changed, accept_any=accept_any, place=place)
-    fingerprint = plan.fingerprint + source.stamp() + (rows.digest if rows else "")
+    fingerprint = plan.fingerprint + source.stamp() + (rows.digest + place.says[1] if rows else "")
     with CheckpointWriter(out, plan.files, fingerprint, _other_bytes(plan, material, rows)) as writer:
         for note in (*source.notes, *writer.notes, *watch.notes):
             report.note(note)

@@ -77,7 +77,7 @@ def test_the_next_layer_sees_the_changed_one_and_both_streams_are_kept_apart(mod
     trunk, hidden = Trunk(source, map), Trunk(source, map).embed(ids)
     for index, changed, original in change.seen:
         assert original is not None
-        assert torch.allclose(original, hidden, atol=1e-5, rtol=1e-4)
+        assert torch.allclose(original, hidden, atol=2e-4, rtol=1e-4)
         assert torch.equal(changed, original) == (index < 2), "layers before the first changed output agree, later ones do not"
         hidden = trunk.run_block(index, hidden)
 
@@ -88,7 +88,7 @@ def test_onward_original_ignores_changes(model: Path, tmp_path: Path) -> None:
     walk(Walk([change], onward="original"), source, map, ids, hidden_files(tmp_path, source), nothing, nothing)
     trunk, hidden = Trunk(source, map), Trunk(source, map).embed(ids)
     for index, seen, _ in change.seen:
-        assert torch.allclose(seen, hidden, atol=1e-5, rtol=1e-4)
+        assert torch.allclose(seen, hidden, atol=2e-4, rtol=1e-4)
         hidden = trunk.run_block(index, hidden)
 
 

@@ -119,7 +119,10 @@ DeviceOption = Annotated[
     ),
 ]
 ComputeOption = Annotated[
-    str | None, typer.Option("--compute", metavar="DTYPE", help="float32 or bfloat16; left out, what suits the device.")
+    str | None,
+    typer.Option(
+        "--compute", metavar="DTYPE", help="float32, bfloat16, or auto: bfloat16 where the device multiplies it natively."
+    ),
 ]
 ThreadsOption = Annotated[int, typer.Option("--threads", min=0, help="Worker threads; 0 is one per core.")]
 

@@ -1,7 +1,8 @@
 """Where a network is run, and in which numbers.
 
-Weights of one layer, what it reads and what it puts out are on the device; everything else (rows between layers, codes, files) is in main memory or on the disk. Processors compute in
-float32, the faster choice where they have no units for bfloat16; GPUs in bfloat16, as engines do, unless float32 is asked for. What is measured against a source (divergence, acceptance) is
+Weights of one layer, what it reads and what it puts out are on the device; everything else (rows between layers, codes, files) is in main memory or on the disk. Layers compute in
+bfloat16, as engines do, on GPUs and on processors that have instructions for it, unless float32 is asked for; elsewhere in float32, which is faster there. Sums over tokens, factors of
+second moments and errors are float32 or better wherever layers run. What is measured against a source (divergence, acceptance) is
 float32 everywhere unless asked otherwise: the rounding of bfloat16 would be a good part of what a good release differs by.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -17,6 +19,8 @@ from qwench.errors import UserError, suggestion
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """What can be computed in; float16 overflows in Gated DeltaNet."""
+BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}
+"""What a processor with fast bfloat16 says of itself. Others emulate it, several times slower than float32."""
 
 
 @dataclass(frozen=True)
@@ -48,16 +52,29 @@ def place_of(device: str = "auto", compute: str | None = None) -> Place:
 
     Args:
         device: `cpu`, `cuda`, `cuda:1`; `auto` is the first GPU where there is one that PyTorch can use, else the processor.
-        compute: a key of `DTYPES`; None: what suits the device.
+        compute: a key of `DTYPES`; None or `auto`: bfloat16 where the device multiplies it natively, else float32.
 
     Raises:
         UserError: there is no such device, or no such dtype.
     """
+    compute = None if compute == "auto" else compute
     if compute is not None and compute not in DTYPES:
-        raise UserError(f"cannot compute in {compute!r}{suggestion(compute, DTYPES)}", f"give one of {', '.join(DTYPES)}")
+        raise UserError(
+            f"cannot compute in {compute!r}{suggestion(compute, DTYPES)}", f"give auto or one of {', '.join(DTYPES)}"
+        )
     chosen = _device("cuda" if device == "auto" and torch.cuda.is_available() else device)
-    own = "bfloat16" if chosen.type == "cuda" else "float32"
+    own = "bfloat16" if chosen.type == "cuda" or multiplies_bfloat16() else "float32"
     return Place(chosen, DTYPES[compute or own])
+
+
+def multiplies_bfloat16(told: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this processor has instructions that multiply bfloat16 (AVX512-BF16 or AMX), by the kernel's list; false where there is no such list."""
+    try:
+        lines = told.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
+    return bool(BFLOAT16_FLAGS & set(flags))
 
 
 def _device(name: str) -> torch.device:

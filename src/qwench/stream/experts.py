@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from qwench.models.expert_products import expert_outputs
 from qwench.stream.live import LiveBlock
 
 TakeExpert = Callable[[int, Tensor, Tensor, Tensor], None]
@@ -31,8 +31,7 @@ def taking_experts(live: LiveBlock, take: TakeExpert) -> Iterator[None]:
         for expert in torch.unique(chosen_NK).tolist():
             rank, token = torch.where(chosen_NK.T.eq(expert))
             x, shares = hidden_ND[token], shares_NK[token, rank]
-            gate, up = F.linear(x, experts.gate_up_proj[expert]).chunk(2, -1)
-            out = F.linear(experts.act_fn(gate) * up, experts.down_proj[expert])
+            out = expert_outputs(x, experts.gate_up_proj[expert], experts.down_proj[expert], experts.act_fn)
             take(expert, x, shares, out)
             total_ND.index_add_(0, token, (out * shares[:, None]).to(total_ND.dtype))
         return total_ND

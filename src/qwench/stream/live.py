@@ -136,7 +136,11 @@ class LiveBlock:
         positions = text_positions(length).expand(3, rows, length) if batch.positions is None else batch.positions
         rope = self.modules.rope(positions, hidden_BTD)
         named: dict[str, Any] = {"position_embeddings": rope, "attention_mask": None}
-        with kernels_for(hidden_BTD), rounding_inputs(self.layer, self.block.slots, self.stem, self.rounded):
+        # Rounded inputs turn the last bit of a sum into a step of their grid: there every sum is added in the order in which readers add it.
+        with (
+            kernels_for(hidden_BTD, quick=not self.rounded),
+            rounding_inputs(self.layer, self.block.slots, self.stem, self.rounded),
+        ):
             result: Tensor = functional_call(self.layer, dict(weights), (hidden_BTD,), named, strict=True)
         return result
 
@@ -144,7 +148,10 @@ class LiveBlock:
         """The second half of the layer alone."""
         middle_BTD = middle_BTD.to(self.device, self.dtype)
         weights = {f"layer.{name}": weight for name, weight in self.weights.items()}
-        with kernels_for(middle_BTD), rounding_inputs(self.layer, self.block.slots, self.stem, self.rounded):
+        with (
+            kernels_for(middle_BTD, quick=not self.rounded),
+            rounding_inputs(self.layer, self.block.slots, self.stem, self.rounded),
+        ):
             result: Tensor = functional_call(SecondHalf(self.layer), weights, (middle_BTD,), strict=True)
         return result
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qwench.models.expert_products import even_linear
 from qwench.models.map import Block
 from qwench.stream.hidden import output_errors
 from qwench.stream.live import Batch, LiveBlock
@@ -141,7 +142,7 @@ class Mixture:
         if expert is None:
             gate, up = (F.linear(x, weights[f"mlp.shared_expert.{half}_proj.weight"]) for half in ("gate", "up"))
         else:
-            gate, up = F.linear(x, weights["mlp.experts.gate_up_proj"][expert]).chunk(2, -1)
+            gate, up = even_linear(x, weights["mlp.experts.gate_up_proj"][expert]).chunk(2, -1)
         return F.silu(gate) * up
 
     def _read(self, tokens: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qwench.models.expert_products import even_linear
 from qwench.models.map import Block
 from qwench.stream.live import Batch, LiveBlock
 
@@ -148,7 +149,7 @@ def _of_experts(live: LiveBlock, takers: dict[str, Take], reach: Reach) -> Calla
             if take := takers.get(f"experts.{expert}"):
                 take(tokens)
             if take := takers.get(f"experts.{expert}.down"):
-                gate, up = F.linear(tokens, live.weights["mlp.experts.gate_up_proj"][expert]).chunk(2, -1)
+                gate, up = even_linear(tokens, live.weights["mlp.experts.gate_up_proj"][expert]).chunk(2, -1)
                 take(F.silu(gate) * up)
 
     return hook
