@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -15,46 +14,19 @@ from qwench.recipe import parse_recipe
 from qwench.run import run_recipe
 from qwench.steps.checks.verify import verify
 from tests.engines.adapters import effect, write_adapter
+from tests.engines.mixed_integers import EXACT, ROWS, agrees, agrees_on_release_5, make, misses_a_renamed_scale
 from tests.support.oracle import write_runnable
-from tests.support.releases import rewrite
-from tests.support.tiny import write_tiny
-
-ROWS = [[(7 * i + j * j) % 300 + 8 for j in range(19)] for i in range(2)]
-EXACT = 1e-6
-"""Both sides compute in float32 on the same decoded numbers: nothing but the order of sums is left."""
-RECIPE = """
-name: t
-steps:
-  - quantize:
-      rules:
-        - {roles: [attention.*], scheme: {kind: int, bits: 8, group: WIDE}}
-        - {roles: [delta.qkv, delta.z, delta.out, ROLES], scheme: {kind: int, bits: 4, group: GROUP, full_range: true}}
-        - {roles: [mlp.*], scheme: keep, layers: "1"}
-  - export: {format: gptq}
-"""
-
-
-def make(model: Path, out: Path, roles: str, group: int = 128, wide: int = 64) -> Path:
-    """Release 4 in small: INT8 attention, INT4 elsewhere; of a dense model one layer's MLP is kept."""
-    text = RECIPE.replace("ROLES", roles).replace("GROUP", str(group)).replace("WIDE", str(wide))
-    if "mlp" not in roles:
-        text = text.replace('        - {roles: [mlp.*], scheme: keep, layers: "1"}\n', "")
-    run_recipe(parse_recipe(text, "t"), str(model), out, 1, Report("t", "bytes", None), accept_any=True)
-    return out
 
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make(checkpoint("dense"), tmp_path_factory.mktemp("gptqmodel") / "dense", "mlp.*")
+    return make(checkpoint("dense"), tmp_path_factory.mktemp("gptqmodel") / "dense", "gptq", "mlp.*", "mlp.*")
 
 
 @pytest.mark.engine("gptqmodel")
 def test_every_module_at_its_own_bits(dense: Path) -> None:
-    found = verify(dense, "gptqmodel", threads=1)
-    assert found.outcome == "agrees", found.notes
-    assert found.mean_kl is not None and abs(found.mean_kl) < EXACT
-    assert found.uninitialized == [] and found.consumed == 283
-    assert len(found.unconsumed) == 15 and all(name.startswith("mtp.") for name in found.unconsumed)
+    found = agrees(dense, "gptqmodel")
+    assert found.consumed == 283 and len(found.unconsumed) == 15
     assert any("15 tensors are not read by this engine: Qwen3_5QModel leaves them out" in note for note in found.notes)
     # 2 x q k v o; 6 x (qkv z out) and 7 x (gate up down): a, b, the tower, the head and the kept MLP are none of them
     assert "GPTQModel built quantized modules: 39 INT4 in groups of 128, 8 INT8 in groups of 64" in found.notes
@@ -63,22 +35,14 @@ def test_every_module_at_its_own_bits(dense: Path) -> None:
 
 @pytest.mark.engine("gptqmodel")
 def test_experts_agree(tmp_path: Path) -> None:
-    found = verify(make(checkpoint("moe"), tmp_path / "moe", "expert.*, shared.*"), "gptqmodel", threads=1)
-    assert found.outcome == "agrees", found.notes
-    assert found.mean_kl is not None and abs(found.mean_kl) < EXACT
-    assert found.uninitialized == [] and all(name.startswith("mtp.") for name in found.unconsumed)
+    found = agrees(make(checkpoint("moe"), tmp_path / "moe", "gptq", "expert.*, shared.*"), "gptqmodel")
     # 4 x 12 experts and 4 shared ones in three matrices, 3 mixers of three; routers and gates are kept
     assert "GPTQModel built quantized modules: 165 INT4 in groups of 128, 4 INT8 in groups of 64" in found.notes
 
 
 @pytest.mark.engine("gptqmodel")
 def test_a_text_only_checkpoint_with_experts_one_by_one(tmp_path: Path) -> None:
-    """The layout of release 5."""
-    model = write_tiny(tmp_path / "m", moe=True, layout="causal", trunk_experts="single", mtp=None)
-    out = make(model, tmp_path / "out", "expert.*, shared.*", group=32, wide=32)
-    found = verify(out, "gptqmodel", ROWS, threads=1)
-    assert found.outcome == "agrees", found.notes
-    assert found.unconsumed == [] and found.uninitialized == [] and found.image is None
+    agrees_on_release_5(tmp_path, "gptqmodel")
 
 
 ORDERED = """
@@ -104,9 +68,7 @@ def test_the_order_of_columns_is_read(tmp_path: Path) -> None:
     assert isinstance(source, Release)
     read = [source.quantized(name) for name in source.stored]
     assert sum(weight is not None and weight.group_of_column is not None for weight in read) > len(read) // 2
-    found = verify(tmp_path / "out", "gptqmodel", ROWS, threads=1)
-    assert found.outcome == "agrees", found.notes
-    assert found.mean_kl is not None and abs(found.mean_kl) < EXACT
+    agrees(tmp_path / "out", "gptqmodel", ROWS)
 
 
 @pytest.mark.engine("gptqmodel")
@@ -129,11 +91,15 @@ def test_an_adapter_that_corrects_too_little_is_refused(dense: Path, tmp_path: P
 
 @pytest.mark.engine("gptqmodel")
 def test_a_scale_under_another_name_is_found(dense: Path, tmp_path: Path) -> None:
-    broken = shutil.copytree(dense, tmp_path / "broken")
-    right, wrong = (f"model.language_model.layers.3.self_attn.k_proj.{name}" for name in ("scales", "scale"))
-    rewrite(broken, {right: wrong})
-    answer = ENGINES["gptqmodel"](Request(broken, ROWS, generate=1, image=False))
-    assert wrong not in answer.consumed and right not in answer.consumed and right in answer.uninitialized
+    misses_a_renamed_scale(dense, tmp_path, "gptqmodel")
+
+
+@pytest.mark.engine("gptqmodel")
+def test_its_logs_go_with_it(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPTQModel writes `logs/gptq_log_*.log` into the folder that it runs in."""
+    monkeypatch.chdir(tmp_path)
+    assert ENGINES["gptqmodel"](Request(dense, ROWS, generate=1, image=False)).refused is None
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.engine("gptqmodel")

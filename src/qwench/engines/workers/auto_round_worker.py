@@ -9,49 +9,27 @@ Two things are theirs: scales become float16 whatever the model computes in, and
 
 from __future__ import annotations
 
-import json
-import sys
-import traceback
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import auto_round
-import numpy as np
 import torch
 import transformers
+from answering import run_worker  # type: ignore[import-not-found,unused-ignore]  # beside this script, which is run by path
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-from transformers_worker import account, arrays, generate, images  # type: ignore[import-not-found]  # beside this script
+from transformers_worker import account, say  # type: ignore[import-not-found]  # beside this script
 
 
-def main(folder: Path) -> None:
-    request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
-    torch.set_num_threads(request["threads"])
-    versions = f"{auto_round.__version__}, transformers {transformers.__version__}, torch {torch.__version__}"
-    answer: dict[str, Any] = {"version": versions}
-    try:
-        _serve(request, folder, answer)
-    except Exception as error:
-        traceback.print_exc()
-        answer["refused"] = f"{type(error).__name__}: {str(error).strip()[:600]}"
-    (folder / "answer.json").write_text(json.dumps(answer), encoding="utf-8")
-
-
-def _serve(request: dict[str, Any], folder: Path, answer: dict[str, Any]) -> None:
+def serve(request: dict[str, Any], folder: Path, told: dict[str, Any]) -> None:
     """Load; then the rows, a few tokens, the images."""
     if request["adapter"]:
         raise ValueError("auto-round has no way to add an adapter to what it loads: verify it with gptqmodel or vllm")
-    checkpoint = Path(request["folder"])
-    model, info = load(checkpoint)
-    account(checkpoint, model, info, answer)
-    answer["notes"].append(built(model))
-    model = model.to(getattr(torch, request["dtype"]))
-    with torch.no_grad():
-        for number, row in enumerate(request["rows"]):
-            np.savez(folder / f"row{number}.npz", **arrays(model, row, request["top_k"]))
-        answer["generated"] = generate(model, torch.tensor([request["rows"][0]]), request["generate"])
-        if request["image"] and hasattr(model.config, "vision_config") and (checkpoint / "preprocessor_config.json").is_file():
-            answer["image"] = images(model, checkpoint, request["rows"][0][:4])
+    torch.set_num_threads(request["threads"])
+    model, info = load(Path(request["folder"]))
+    account(Path(request["folder"]), model, info, told)
+    told["notes"].append(built(model))
+    say(model.to(getattr(torch, request["dtype"])), request, folder, told)
 
 
 def load(checkpoint: Path) -> tuple[Any, dict[str, Any]]:
@@ -72,4 +50,4 @@ def built(model: Any) -> str:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_worker(f"{auto_round.__version__}, transformers {transformers.__version__}, torch {torch.__version__}", serve)

@@ -11,30 +11,16 @@ scales exactly, and widened then: the same codes and scales, multiplied in float
 from __future__ import annotations
 
 import json
-import sys
-import traceback
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from answering import run_worker  # type: ignore[import-not-found,unused-ignore]  # beside this script, which is run by path
 from safetensors import safe_open
 from torch import Tensor
-from transformers_worker import arrays, generate, images, stored  # type: ignore[import-not-found]  # beside this script
+from transformers_worker import say, stored  # type: ignore[import-not-found]  # beside this script
 from vllm_ledger import noise_like, untouched  # type: ignore[import-not-found]
-
-
-def main(folder: Path) -> None:
-    request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
-    torch.set_num_threads(request["threads"])
-    answer: dict[str, Any] = {"version": _version()}
-    try:
-        _serve(request, folder, answer)
-    except (Exception, SystemExit) as error:
-        traceback.print_exc()
-        answer["refused"] = f"{type(error).__name__}: {str(error).strip()[:600]}"
-    (folder / "answer.json").write_text(json.dumps(answer), encoding="utf-8")
 
 
 def _version() -> str:
@@ -44,22 +30,17 @@ def _version() -> str:
     return f"{__version__}, transformers {transformers.__version__}, torch {torch.__version__}"
 
 
-def _serve(request: dict[str, Any], folder: Path, answer: dict[str, Any]) -> None:
+def serve(request: dict[str, Any], folder: Path, told: dict[str, Any]) -> None:
     """Load; then the rows, a few tokens, the images."""
-    checkpoint = Path(request["folder"])
-    loaded = load(checkpoint, request["adapter"], answer)
+    torch.set_num_threads(request["threads"])
+    loaded = load(Path(request["folder"]), request["adapter"], told)
     model = loaded.model.to(getattr(torch, request["dtype"]))
-    answer["notes"] = [built(model)]
-    answer["corrected"] = corrected(model)
-    with torch.no_grad():
-        for number, row in enumerate(request["rows"]):
-            np.savez(folder / f"row{number}.npz", **arrays(model, row, request["top_k"]))
-        answer["generated"] = generate(model, torch.tensor([request["rows"][0]]), request["generate"])
-        if request["image"] and hasattr(model.config, "vision_config") and (checkpoint / "preprocessor_config.json").is_file():
-            answer["image"] = images(model, checkpoint, request["rows"][0][:4])
+    told["notes"] = [built(model)]
+    told["corrected"] = corrected(model)
+    say(model, request, folder, told)
 
 
-def load(checkpoint: Path, adapter: str | None, answer: dict[str, Any]) -> Any:
+def load(checkpoint: Path, adapter: str | None, told: dict[str, Any]) -> Any:
     """The model as GPTQModel loads it, with the adapter's corrections where there is one; what became of each tensor goes into the answer."""
     from gptqmodel import BACKEND, GPTQModel
     from gptqmodel.models import loader
@@ -70,7 +51,7 @@ def load(checkpoint: Path, adapter: str | None, answer: dict[str, Any]) -> Any:
     def watched(model: Any, *arguments: Any, **named: Any) -> None:
         cover(model)
         fill(model, *arguments, **named)
-        account(model, checkpoint, answer)
+        account(model, checkpoint, told)
 
     loader.load_checkpoint_in_model_then_tie_weights = watched
     found = GPTQModel.load(
@@ -80,7 +61,7 @@ def load(checkpoint: Path, adapter: str | None, answer: dict[str, Any]) -> Any:
         dtype=torch.bfloat16,
         adapter=adapter and correction(Path(adapter)),
     )
-    answer["ignored"] = out_of_model(type(found), checkpoint)
+    told["ignored"] = out_of_model(type(found), checkpoint)
     return found
 
 
@@ -107,14 +88,14 @@ def cover(model: Any) -> None:
         tensor.copy_(noise_like(tensor, seed).view(tensor.dtype).view(tensor.shape))
 
 
-def account(model: Any, checkpoint: Path, answer: dict[str, Any]) -> None:
+def account(model: Any, checkpoint: Path, told: dict[str, Any]) -> None:
     """What still holds its noise, and which stored tensors the model now holds."""
     state: dict[str, Tensor] = model.state_dict()
-    answer["uninitialized"] = [
+    told["uninitialized"] = [
         name for seed, (name, tensor) in enumerate(state.items()) if tensor.numel() and untouched(tensor, seed)
     ]
     files = locations(checkpoint)
-    answer["consumed"] = [n for n in stored(checkpoint) if n in state and holds(state[n], checkpoint / files[n], n)]
+    told["consumed"] = [n for n in stored(checkpoint) if n in state and holds(state[n], checkpoint / files[n], n)]
 
 
 def holds(tensor: Tensor, path: Path, name: str) -> bool:
@@ -155,4 +136,4 @@ def corrected(model: Any) -> list[str]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_worker(_version(), serve)

@@ -10,8 +10,6 @@ import base64
 import io
 import json
 import re
-import sys
-import traceback
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from typing import Any
 import gguf
 import numpy as np
 import xllamacpp  # type: ignore[import-not-found,import-untyped,unused-ignore]
+from answering import run_worker  # type: ignore[import-not-found,unused-ignore]  # beside this script, which is run by path
 from llama_cpp_library import Model  # type: ignore[import-not-found,unused-ignore]  # beside this script, which is run by path
 from numpy.typing import NDArray
 from PIL import Image
@@ -27,34 +26,23 @@ SPARE = 64
 """Positions of the context behind the longest row and what is generated."""
 
 
-def main(folder: Path) -> None:
-    request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
-    answer: dict[str, Any] = {"version": f"xllamacpp {xllamacpp.__version__}"}
-    try:
-        _serve(request, folder, answer)
-    except Exception as error:
-        traceback.print_exc()
-        answer["refused"] = f"{type(error).__name__}: {str(error).strip()[:600]}"
-    (folder / "answer.json").write_text(json.dumps(answer), encoding="utf-8")
-
-
-def _serve(request: dict[str, Any], folder: Path, answer: dict[str, Any]) -> None:
+def serve(request: dict[str, Any], folder: Path, told: dict[str, Any]) -> None:
     """The rows; then, from one server each, tokens, tokens with drafts, and images."""
     path, tower = find(Path(request["folder"]))
     names = [t.name for t in gguf.GGUFReader(path).tensors]
     model = Model(path, max(len(row) for row in request["rows"]), request["threads"])
-    answer["ignored"] = dict.fromkeys(model.unused, "llama.cpp says that it has no use for it")
-    answer["consumed"] = [name for name in names if name not in model.unused]
+    told["ignored"] = dict.fromkeys(model.unused, "llama.cpp says that it has no use for it")
+    told["consumed"] = [name for name in names if name not in model.unused]
     for number, row in enumerate(request["rows"]):
         np.savez(folder / f"row{number}.npz", **arrays(model.logits(row)[:-1], request["top_k"]))
     model.close()
     plain = written(start(path, request), request["rows"][:1], request["generate"])
-    answer["generated"] = plain[0]["tokens"]
+    told["generated"] = plain[0]["tokens"]
     drafter = None if any(".nextn." in name for name in names) else draft_file(path)
     if request["speculate"] and (drafter is not None or any(".nextn." in name for name in names)):
-        answer["speculation"] = speculation(start(path, request, drafts=request["speculate"], drafter=drafter), request)
+        told["speculation"] = speculation(start(path, request, drafts=request["speculate"], drafter=drafter), request)
     if request["image"] and tower is not None:
-        answer["image"] = images(start(path, request, tower=tower))
+        told["image"] = images(start(path, request, tower=tower))
 
 
 def draft_file(path: Path) -> Path | None:
@@ -177,4 +165,4 @@ def _picture(seed: int) -> bytes:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_worker(f"xllamacpp {xllamacpp.__version__}", serve)

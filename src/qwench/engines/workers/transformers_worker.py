@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,34 +15,29 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from answering import run_worker  # type: ignore[import-not-found,unused-ignore]  # beside this script, which is run by path
 from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 
-def main(folder: Path) -> None:
-    request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
-    torch.set_num_threads(request["threads"])
-    answer: dict[str, Any] = {"version": f"{transformers.__version__}, torch {torch.__version__}"}
-    try:
-        _serve(request, folder, answer)
-    except Exception as error:
-        traceback.print_exc()
-        answer["refused"] = f"{type(error).__name__}: {str(error).strip()[:600]}"
-    (folder / "answer.json").write_text(json.dumps(answer), encoding="utf-8")
-
-
-def _serve(request: dict[str, Any], folder: Path, answer: dict[str, Any]) -> None:
+def serve(request: dict[str, Any], folder: Path, told: dict[str, Any]) -> None:
     """Load; then the rows, a few tokens, the images."""
+    torch.set_num_threads(request["threads"])
+    model, info = load(Path(request["folder"]), getattr(torch, request["dtype"]))
+    account(Path(request["folder"]), model, info, told)
+    say(model, request, folder, told)
+
+
+def say(model: Any, request: dict[str, Any], folder: Path, told: dict[str, Any]) -> None:
+    """What a loaded model answers: log-probabilities of the rows, tokens after the first of them, what two images change."""
     checkpoint = Path(request["folder"])
-    model, info = load(checkpoint, getattr(torch, request["dtype"]))
-    account(checkpoint, model, info, answer)
     with torch.no_grad():
         for number, row in enumerate(request["rows"]):
             np.savez(folder / f"row{number}.npz", **arrays(model, row, request["top_k"]))
-        answer["generated"] = generate(model, torch.tensor([request["rows"][0]]), request["generate"])
+        told["generated"] = generate(model, torch.tensor([request["rows"][0]]), request["generate"])
         if request["image"] and hasattr(model.config, "vision_config") and (checkpoint / "preprocessor_config.json").is_file():
-            answer["image"] = images(model, checkpoint, request["rows"][0][:4])
+            told["image"] = images(model, checkpoint, request["rows"][0][:4])
 
 
 def load(checkpoint: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
@@ -64,19 +57,19 @@ def load(checkpoint: Path, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
     return model.to(dtype).eval(), info
 
 
-def account(checkpoint: Path, model: Any, info: dict[str, Any], answer: dict[str, Any]) -> None:
+def account(checkpoint: Path, model: Any, info: dict[str, Any], told: dict[str, Any]) -> None:
     """Which stored tensors it took, which it skips by design, which it did not know; which of its own parameters nothing reached."""
     skipped = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []]
     reason = f"{type(model).__name__} skips it by design"
     names = list(stored(checkpoint))
-    answer["ignored"] = {name: reason for name in names if any(p.search(name) for p in skipped)}
+    told["ignored"] = {name: reason for name in names if any(p.search(name) for p in skipped)}
     unknown = {str(key) for key in info["unexpected_keys"]}
-    answer["consumed"] = [name for name in names if name not in answer["ignored"] and name not in unknown]
-    answer["uninitialized"] = sorted(map(str, info["missing_keys"])) + [
+    told["consumed"] = [name for name in names if name not in told["ignored"] and name not in unknown]
+    told["uninitialized"] = sorted(map(str, info["missing_keys"])) + [
         f"{key[0]}: shapes differ" for key in info["mismatched_keys"]
     ]
     strange = sorted(unknown.difference(names))
-    answer["notes"] = [f"transformers reports keys under names of its own: {', '.join(strange[:4])}"] if strange else []
+    told["notes"] = [f"transformers reports keys under names of its own: {', '.join(strange[:4])}"] if strange else []
 
 
 def stored(checkpoint: Path) -> Iterator[str]:
@@ -140,4 +133,4 @@ def images(model: Any, checkpoint: Path, words: list[int]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_worker(f"{transformers.__version__}, torch {torch.__version__}", serve)

@@ -7,13 +7,12 @@ where the tower is there. An engine that refuses the file is an answer, not a cr
 from __future__ import annotations
 
 import json
-import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import vllm_stand_ins  # type: ignore[import-not-found]  # beside this script, which is run by path
+import vllm_stand_ins  # type: ignore[import-not-found]
+from answering import run_worker  # type: ignore[import-not-found,unused-ignore]  # beside this script, which is run by path
 from vllm_ledger import Ledger  # type: ignore[import-not-found]
 
 UNREAD = "input_global_scale"
@@ -28,18 +27,10 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM makes room for; an adapter runs in the next one that is large enough."""
 
 
-def main(folder: Path) -> None:
-    request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
-    config = json.loads((Path(request["folder"]) / "config.json").read_text(encoding="utf-8"))
-    ledger, answer = Ledger().install(), {"version": _version()}
+def main() -> None:
+    ledger = Ledger().install()
     vllm_stand_ins.install()
-    try:
-        _serve(request, config, folder, answer)
-    except Exception as error:
-        traceback.print_exc()
-        answer["refused"] = f"{type(error).__name__}: {str(error).strip()[:600]}"
-    _account(ledger, request, answer)
-    (folder / "answer.json").write_text(json.dumps(answer), encoding="utf-8")
+    run_worker(_version(), serve, lambda request, told: _account(ledger, request, told))
 
 
 def _version() -> str:
@@ -49,10 +40,11 @@ def _version() -> str:
     return f"{vllm.__version__}, torch {torch.__version__}"
 
 
-def _serve(request: dict[str, Any], config: dict[str, Any], folder: Path, answer: dict[str, Any]) -> None:
+def serve(request: dict[str, Any], folder: Path, told: dict[str, Any]) -> None:
     """Load; then the rows, the image, and what was drafted and accepted."""
     from vllm import LLM
 
+    config = json.loads((Path(request["folder"]) / "config.json").read_text(encoding="utf-8"))
     length = max(len(row) for row in request["rows"])
     image = request["image"] and _sees(Path(request["folder"]), config)
     arguments: dict[str, Any] = dict(
@@ -71,12 +63,12 @@ def _serve(request: dict[str, Any], config: dict[str, Any], folder: Path, answer
     if request["adapter"]:
         arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _room(Path(request["adapter"]))}
     llm = LLM(**arguments)
-    _rows(llm, request, folder, answer)
-    answer["corrected"] = _corrected(llm) if request["adapter"] else []
+    _rows(llm, request, folder, told)
+    told["corrected"] = _corrected(llm) if request["adapter"] else []
     if request["speculate"]:
-        answer["speculation"] = _counts(llm)
+        told["speculation"] = _counts(llm)
     if image:
-        answer["image"] = _images(llm, request, config)
+        told["image"] = _images(llm, request, config)
 
 
 def _sees(folder: Path, config: dict[str, Any]) -> bool:
@@ -115,7 +107,7 @@ def _corrected(llm: Any) -> list[str]:
     return sorted(found)
 
 
-def _rows(llm: Any, request: dict[str, Any], folder: Path, answer: dict[str, Any]) -> None:
+def _rows(llm: Any, request: dict[str, Any], folder: Path, told: dict[str, Any]) -> None:
     """Log-probabilities of every row; greedy tokens after the first, or where the head drafts, after each: one text says little about acceptance."""
     from vllm import SamplingParams
 
@@ -125,7 +117,7 @@ def _rows(llm: Any, request: dict[str, Any], folder: Path, answer: dict[str, Any
         sampling = SamplingParams(temperature=0, max_tokens=length, prompt_logprobs=top, ignore_eos=True, detokenize=False)
         output = llm.generate([{"prompt_token_ids": row}], sampling, use_tqdm=False, **_served(request))[0]
         if number == 0:
-            answer["generated"] = list(output.outputs[0].token_ids)
+            told["generated"] = list(output.outputs[0].token_ids)
         np.savez(folder / f"row{number}.npz", **_arrays(output.prompt_logprobs[1:], request["top_k"]))
 
 
@@ -170,21 +162,19 @@ def _images(llm: Any, request: dict[str, Any], config: dict[str, Any]) -> dict[s
     return {"tokens": lengths[0], "generated": [t for t, _ in said[0]], "differs": said[0] != said[1]}
 
 
-def _account(ledger: Ledger, request: dict[str, Any], answer: dict[str, Any]) -> None:
+def _account(ledger: Ledger, request: dict[str, Any], told: dict[str, Any]) -> None:
     quantizes_activations = any(name.endswith(UNREAD) for load in ledger.loads for name in load.given)
     given = [name for load in ledger.loads for name in load.given]
-    answer["consumed"] = ledger.consumed
-    answer["ignored"] = {name: "vLLM drops g_idx: nothing is ordered" for name in given if name.endswith(ORDER)}
+    told["consumed"] = ledger.consumed
+    told["ignored"] = {name: "vLLM drops g_idx: nothing is ordered" for name in given if name.endswith(ORDER)}
     if not request["speculate"]:
-        answer["ignored"] |= {
-            name: "vLLM builds no MTP head where it does not draft" for name in given if name.startswith(HEAD)
-        }
-    answer["uninitialized"] = [n for n in ledger.uninitialized if quantizes_activations or not n.endswith(UNREAD)]
-    answer["notes"] = [
+        told["ignored"] |= {name: "vLLM builds no MTP head where it does not draft" for name in given if name.startswith(HEAD)}
+    told["uninitialized"] = [n for n in ledger.uninitialized if quantizes_activations or not n.endswith(UNREAD)]
+    told["notes"] = [
         f"{load.model}: {len(load.given)} tensors handed over, {len(load.consumed)} taken" for load in ledger.loads
     ]
-    answer["stand_ins"] = vllm_stand_ins.used
+    told["stand_ins"] = vllm_stand_ins.used
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()
