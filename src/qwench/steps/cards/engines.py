@@ -7,12 +7,22 @@ from __future__ import annotations
 
 from typing import Any
 
+from qwench.formats.adapter import FOLDER
 from qwench.result import Result, Verification
+from qwench.steps.cards.snippets import auto_round_snippet, gptqmodel_snippet, transformers_snippet
 from qwench.steps.planning.readers import trouble_of
 from qwench.steps.publishing.launch import Launch, arguments, shell
 
-TITLES = {"vllm": "vLLM", "transformers": "Transformers", "sglang": "SGLang"}
-"""Engines that every card speaks of, in this order."""
+TITLES = {
+    "vllm": "vLLM", "transformers": "Transformers", "gptqmodel": "GPTQModel", "auto-round": "auto-round", "sglang": "SGLang",
+    "llama.cpp": "llama.cpp",
+}  # fmt: skip
+READERS = {"gptq": ("gptqmodel", "vllm", "sglang"), "auto-round": ("auto-round", "vllm", "sglang")}
+"""Engines that the card of a release in each container speaks of, in this order; the others are told where they were asked."""
+OTHERS = ("vllm", "transformers", "sglang")
+"""The same of every other container."""
+CORRECTING = ("gptqmodel", "vllm", "sglang")
+"""Engines that add low-rank corrections (EoRA)."""
 
 NVFP4_SGLANG = (
     "SGLang has no loader for NVFP4 weight-only (sglang #40022, as of September 2026): this release does not run there."
@@ -22,47 +32,62 @@ EXPERTS_TRANSFORMERS = (
     "Do not use it for this release."
 )
 
-TRANSFORMERS = """\
-import torch
-from transformers import {auto}, AutoTokenizer
-
-model = {auto}.from_pretrained("{name}", dtype=torch.bfloat16, device_map="auto")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-messages = [{{"role": "user", "content": "What does a quantized model trade away?"}}]
-inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt").to(model.device)
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=200)[0]))"""
-
 
 def engine_sections(result: Result, name: str) -> list[dict[str, Any]]:
     """For each engine: title, status, notes, command (None where it gets none), language of the command.
+
+    A release with corrections has two sections for an engine that adds them: without, and with.
 
     Args:
         result: the record of the release.
         name: what a launch command calls the release.
     """
-    latest = {verification.engine: verification for verification in result.verifications}
-    engines = [*TITLES, *sorted(set(latest) - set(TITLES))]
-    return [_section(engine, latest.get(engine), result, name) for engine in engines]
+    latest = {(found.engine, bool(found.adapter)): found for found in result.verifications}
+    asked = READERS.get(container(result), OTHERS)
+    engines = [*asked, *sorted({engine for engine, _ in latest} - set(asked))]
+    ways = {engine: (False, True) if corrections_rank(result) and engine in CORRECTING else (False,) for engine in engines}
+    return [_section(engine, latest.get((engine, way)), result, name, way) for engine in engines for way in ways[engine]]
 
 
-def launch_command(engine: str, result: Result, name: str) -> tuple[str, str] | None:
-    """(command, its language) that starts an engine on this release; None for an engine that we know none for."""
+def launch_command(engine: str, result: Result, name: str, corrected: bool = False) -> tuple[str, str] | None:
+    """(command, its language) that starts an engine on this release; None for an engine that we know none for.
+
+    Args:
+        corrected: with the corrections beside it. vLLM drafts nothing then: 0.32 computes wrong numbers where it drafts and adapters are on.
+    """
+    rank, vision = corrections_rank(result) if corrected else 0, _has(result, "vision")
     if engine in ("vllm", "sglang"):
-        return shell(arguments(engine, Launch(name, mtp=_has(result, "mtp")))), "bash"
+        mtp = _has(result, "mtp") and not (rank and engine == "vllm")
+        adapter = f"{name}/{FOLDER}" if rank else ""
+        return shell(arguments(engine, Launch(name, mtp=mtp, adapter=adapter, rank=rank))), "bash"
     if engine == "transformers":
-        auto = "AutoModelForImageTextToText" if _has(result, "vision") else "AutoModelForCausalLM"
-        return TRANSFORMERS.format(auto=auto, name=name), "python"
+        return transformers_snippet(name, vision), "python"
+    if engine == "auto-round":
+        return auto_round_snippet(name, vision), "python"
+    if engine == "gptqmodel":
+        return gptqmodel_snippet(name, vision, rank), "python"
     return None
 
 
-def _section(engine: str, verification: Verification | None, result: Result, name: str) -> dict[str, Any]:
-    section: dict[str, Any] = {"title": TITLES.get(engine, engine), "command": None, "language": "", "notes": []}
+def container(result: Result) -> str:
+    """What the recipe exports to: `compressed-tensors`, `gptq`, `auto-round`."""
+    return next((str(step["export"].get("format", "")) for step in result.recipe.get("steps", []) if "export" in step), "")
+
+
+def corrections_rank(result: Result) -> int:
+    """The rank of the corrections beside the release, as the recipe asks for it; 0 where there are none."""
+    return next((int(step["correct"].get("rank", 0)) for step in result.recipe.get("steps", []) if "correct" in step), 0)
+
+
+def _section(engine: str, verification: Verification | None, result: Result, name: str, corrected: bool) -> dict[str, Any]:
+    ways = "" if not corrections_rank(result) else ", with the corrections" if corrected else ", without the corrections"
+    section: dict[str, Any] = {"title": TITLES.get(engine, engine) + ways, "command": None, "language": "", "notes": []}
     trouble = known_trouble(engine, result) or proved_trouble(engine, result)
     if verification is None:
         return section | {"status": trouble or "Not verified."}
     section |= {"status": status(verification), "notes": _notes(engine, verification) + [trouble] * bool(trouble)}
     runs = verification.outcome == "agrees" or (verification.outcome == "loads" and not trouble)
-    command = launch_command(engine, result, name) if runs else None
+    command = launch_command(engine, result, name, corrected) if runs else None
     return section | ({"command": command[0], "language": command[1]} if command else {})
 
 
