@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qwench.methods.autoround import Homes, Options, Run, batches, tune_block
+from qwench.methods.autoround import Homes, Options, Run, batches, is_judged, tune_block
 from qwench.methods.gptq import gptq
 from qwench.methods.rtn import round_to_nearest, shared_outer
 from qwench.numerics import SCHEMES, Quantized, Scheme
@@ -372,3 +372,10 @@ def test_batches_use_all_rows_alike_and_none_twice_at_once() -> None:
     assert counts.tolist() == [8] * 11
     assert [b.tolist() for b in seen] == [b.tolist() for b in batches(11, Options(iterations=22, batch=4, seed=5))]
     assert [len(b) for b in batches(3, Options(iterations=2, batch=8))] == [3, 3]
+
+
+def test_judgements_begin_where_they_are_told_to() -> None:
+    options = Options(iterations=10, judge_every=2, judge_from=0.5)
+    assert [step for step in range(1, 11) if is_judged(step, options)] == [6, 8, 10]
+    odd = dataclasses.replace(options, iterations=7, judge_from=0.0)
+    assert [step for step in range(1, 8) if is_judged(step, odd)] == [2, 4, 6, 7]

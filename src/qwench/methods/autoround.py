@@ -119,13 +119,18 @@ def tune_block(
         if not math.isfinite(best.loss):
             break
         unreached -= block.step(some, 1 - (step - 1) / options.iterations)
-        if (step % options.judge_every == 0 or step == options.iterations) and best.improves(step, loss := block.judge()):
+        if is_judged(step, options) and best.improves(step, loss := block.judge()):
             best.take(step, loss, {name: matrix.quantized() for name, matrix in matrices.items()})
     report = Report(
         best.losses[0][1], best.loss, best.iteration, tuple(best.losses), len(block.jury), block.rows_at_once, block.bytes_per_row, best.changed(),
         tuple(sorted(unreached)), bool(starts),
     )  # fmt: skip
     return {name: replace(q, error=round_trip_of(weights[name], q)) for name, q in best.kept.items()}, report
+
+
+def is_judged(step: int, options: Options) -> bool:
+    """Whether the iterate behind a step is judged; the last one always is."""
+    return step == options.iterations or (step % options.judge_every == 0 and step >= options.judge_from * options.iterations)
 
 
 def batches(rows: int, options: Options) -> Iterator[Tensor]:

@@ -68,6 +68,7 @@ class Options:
         range_rate: the same for the factors; None: as `rate`.
         seed: of the order of the rows.
         judge_every: steps between judgements.
+        judge_from: share of the steps before which nothing but the start is judged: as long as steps are large, those that follow are nearly always better.
         judge_rows: how many rows judge, taken evenly from all; None: all.
         activation_limit: bytes that may be held for the backward pass; rows of a step go in portions that fit. None: no limit.
         scale_dtype: what `int` scales are stored in.
@@ -79,6 +80,7 @@ class Options:
     range_rate: float | None = None
     seed: int = 0
     judge_every: int = 10
+    judge_from: float = 0.0
     judge_rows: int | None = 32
     activation_limit: int | None = None
     scale_dtype: torch.dtype = torch.bfloat16

@@ -27,6 +27,8 @@ from qwench.stream.walk import Rows
 
 ACTIVATIONS = 2 * 2**30
 """Bytes that may be held for the backward pass."""
+JUDGE_FROM = 0.5
+"""See `methods.tuned_block.Options`: a judgement takes a forward pass of all rows that judge, as much as three steps of 4 rows."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class Tuning:
                 {module: self.schemes[module] for module in slots},
                 SoundInputs(rows, sound),
                 Sound(rows.targets, sound),
-                Options(settings.iterations, settings.batch, activation_limit=ACTIVATIONS),
+                Options(settings.iterations, settings.batch, judge_from=JUDGE_FROM, activation_limit=ACTIVATIONS),
                 outers,
                 starts,
                 homes_of(live, slots),
