@@ -59,7 +59,7 @@ def compared(folder: Path, real: list[dict[str, Any]]) -> list[str]:
     """How vLLM's account of a folder differs from the table's."""
     with Checkpoint.open(folder) as opened:
         source = effective(opened)
-        if unread("vllm", vllm.VERSION, source.config):
+        if unread("vllm", source.config):
             return [] if real[0]["refused"] else ["vLLM reads it"]
         models = vllm.models_of(source.config, source.tensors)
         loads = vllm.loads_of(models, source.config, source.tensors)

@@ -24,6 +24,8 @@ from qwench.errors import CheckpointError, suggestion, suggestion_beside
 
 ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 DEMO = "demo:"
+MODELOPT = "hf_quant_config.json"
+"""Where older releases by ModelOpt say how they are quantized; engines look there too."""
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -63,7 +65,7 @@ def locate(model: str, *, weights: bool = True, wanted: Wanted | None = None) ->
         what = f"{model!r} is neither a folder nor a hub id{suggestion_beside(folder)}"
         raise CheckpointError(what, "give a folder that exists, or org/name, or org/name@revision")
     repo, revision = match["repo"], match["revision"]
-    path = _fetch(repo, revision, [CONFIG_NAME, INDEX_NAME, *SIDECARS])
+    path = _fetch(repo, revision, [CONFIG_NAME, INDEX_NAME, MODELOPT, *SIDECARS])
     commit = path.name if COMMIT.fullmatch(path.name) else revision
     if weights:
         path = _fetch(repo, commit, _shards(path, wanted))

@@ -258,8 +258,20 @@ def _casts(load: Load, cited: Mapping[str, str]) -> Iterator[Finding]:
     for (stored, built), names in alike.items():
         words = {"float": "16 or 32 bits", "fp8": "FP8 codes", "bytes": "packed codes"}
         what = f"{load.model}: {summary(names)}: {words[stored]} are copied into a parameter of {words[built]}, and no scale is applied"
-        mend = mend_of("unquantized and has no" if built == "float" else "is built as x and has no 'weight'")
-        yield Finding("wrong", load.model, what, mend, tuple(names), cited.get("cast", ""))
+        rule = _always_plain(names, cited) if built == "float" else ""
+        mend = KEEP if rule else mend_of("unquantized and has no" if built == "float" else "is built as x and has no 'weight'")
+        yield Finding("wrong", load.model, what, mend, tuple(names), rule or cited.get("cast", ""))
+
+
+KEEP = "no config mends it, since this engine builds these modules unquantized whatever it says: keep them unquantized, and make the release again"
+
+
+def _always_plain(names: Sequence[str], cited: Mapping[str, str]) -> str:
+    """The rule by which an engine never quantizes these; empty where it is not so. Only SGLang has one for the tower, and with it the head's first layer."""
+    plain = cited.get("tower-plain", "")
+    if plain and all(".visual." in name for name in names):
+        return plain
+    return cited["head-fc"] if plain and all(name.startswith("mtp.fc.") for name in names) else ""
 
 
 def _told(load: Load) -> set[str]:

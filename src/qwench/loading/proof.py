@@ -73,12 +73,12 @@ def prove(source: StoredSource, name: str, values: bool = True) -> Proof:
         CheckpointError: the config cannot be read, or its quantization is of a kind that no table knows.
     """
     table, source = table_of(name), effective(source)
-    if told := unread(table.engine, table.version, source.config):
+    if told := unread(table.engine, source.config):
         return Proof(table.engine, table.version, (), 0, (told,))
     models = table.models(source.config, source.tensors)
     loads = table.loads(models, source.config, source.tensors)
     ignored = reading(table.engine, source.config) == "ignored"
-    found = [taken_for_plain(table.version, source.config, loads[0])] if ignored else findings_of(loads, table.rules)
+    found = [taken_for_plain(source.config, loads[0])] if ignored else findings_of(loads, table.rules)
     read: Read | None = source.read if values else None
     if table.joins:
         weight_only = any(

@@ -73,10 +73,10 @@ def readers(method: str) -> str:
     return " and ".join(names)
 
 
-def unread(engine: str, version: str, config: Mapping[str, Any]) -> Finding | None:
+def unread(engine: str, config: Mapping[str, Any]) -> Finding | None:
     """Why a file is not played through; None where it is."""
     found, method = reading(engine, config), method_of(config)
-    who = f"{SPOKEN[engine]} {version}"
+    who = SPOKEN[engine]
     others = readers(method)
     mend = f"use {others}" if others else "make the release again in a format that engines read: see docs/formats.md"
     if found == "refused":
@@ -87,10 +87,10 @@ def unread(engine: str, version: str, config: Mapping[str, Any]) -> Finding | No
     return None
 
 
-def taken_for_plain(version: str, config: Mapping[str, Any], load: Load) -> Finding:
+def taken_for_plain(config: Mapping[str, Any], load: Load) -> Finding:
     """What comes of a quantized file that transformers takes for an unquantized one."""
     method = method_of(config)
-    known = f"transformers {version} does not read {method!r}: it warns, and loads the file as if it were not quantized; "
+    known = f"transformers does not read {method!r}: it warns, and loads the file as if it were not quantized; "
     others = readers(method)
     mend = f"use {others}" if others else "make the release again in a format that it reads: see docs/formats.md"
     if load.misfits:

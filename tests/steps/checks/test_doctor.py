@@ -29,16 +29,17 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def hub(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A hub with one broken release; the files whose headers were asked for. Its snapshots have no safetensors files."""
-    published, asked = make(home, "prefix-bound pattern"), list[str]()
+def hub(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> list[str]:
+    """A hub with one release, a broken one unless another is asked for; the files whose headers were asked for. Its snapshots have no safetensors files."""
+    kind = getattr(request, "param", "")
+    published, asked = others.base(home, "dense", kind) if kind else make(home, "prefix-bound pattern"), list[str]()
     snapshot = tmp_path / "models--some--model" / "snapshots" / COMMIT
 
     def download(repo: str, *, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
         assert not any(pattern.endswith(".safetensors") for pattern in allow_patterns)
         snapshot.mkdir(parents=True, exist_ok=True)
-        for name in ("config.json", "model.safetensors.index.json"):
-            if (published / name).is_file():
+        for name in ("config.json", "model.safetensors.index.json", "hf_quant_config.json"):
+            if name in allow_patterns and (published / name).is_file():
                 (snapshot / name).write_bytes((published / name).read_bytes())
         return str(snapshot)
 
@@ -68,6 +69,13 @@ def test_a_release_on_the_hub_is_examined_by_its_headers(hub: list[str], home: P
     assert not values
     with pytest.raises(CheckpointError, match="only headers were"):
         source.read("mtp.fc.weight")
+
+
+@pytest.mark.parametrize("hub", ["nvfp4-sidecar"], indirect=True)
+def test_an_older_modelopt_release_on_the_hub_says_how_it_is_quantized(hub: list[str]) -> None:
+    found = examine("some/model")
+    assert hub == ["model.safetensors"] and found.complaints == ()
+    assert found.proofs["vllm"].good and found.proofs["sglang"].good and not found.proofs["transformers"].good
 
 
 def test_fix_makes_a_broken_release_load(home: Path, tmp_path: Path) -> None:
@@ -102,16 +110,17 @@ def test_a_method_is_told_of_engine_by_engine(home: Path, tmp_path: Path) -> Non
         "vllm": "refuses",
         "sglang": "unknown",
     }
-    assert "vLLM 0.32 does not read 'bitsandbytes'" in found.proofs["vllm"].findings[0].what
+    assert "vLLM does not read 'bitsandbytes'" in found.proofs["vllm"].findings[0].what
     told = CliRunner().invoke(app, ["doctor", str(other)])
     assert told.exit_code == 3 and "use SGLang and transformers" in told.output
+    assert "sglang 0.5.23 was not played through" in told.output and "sglang 0.5.19" not in told.output
 
 
 def test_a_modelopt_release_is_examined(home: Path, tmp_path: Path) -> None:
     folder = others.make(tmp_path, "nvfp4: head missing from the list")
     told = CliRunner().invoke(app, ["doctor", str(folder)])
     assert told.exit_code == 3 and "Qwen3_5MTP stops" in told.output and "and unquantized, there is room for" in told.output
-    assert "transformers 5.23 does not read 'modelopt'" in told.output and "--fix` would mend" in told.output
+    assert "transformers does not read 'modelopt'" in told.output and "--fix` would mend" in told.output
     assert examine(str(folder)).complaints == ()
 
 

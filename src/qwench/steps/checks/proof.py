@@ -51,15 +51,17 @@ def _finding(found: Finding) -> LoadFinding:
     return LoadFinding(level=found.level, what=found.what, mend=found.mend, rule=found.rule, names=list(found.names))
 
 
+def _verdict(proof: LoadProof) -> str:
+    if any(found.level == "unknown" for found in proof.findings):
+        return " was not played through"
+    models = f" ({', '.join(proof.models)})" if proof.models else ""
+    whole = "would load it whole" if proof.good else "would not load it as it is meant"
+    return f"{models} {whole}: {proof.consumed:,} stored tensors reach a parameter"
+
+
 def show(proof: LoadProof, console: Console) -> None:
     """A proof in plain words."""
-    verdict = "would load it whole" if proof.good else "would not load it as it is meant"
-    models = f" ({', '.join(proof.models)})" if proof.models else ""
-    console.print(
-        f"{proof.engine} {proof.version}{models} {verdict}: {proof.consumed:,} stored tensors reach a parameter",
-        markup=False,
-        soft_wrap=True,
-    )
+    console.print(f"{proof.engine} {proof.version}{_verdict(proof)}", markup=False, soft_wrap=True)
     for found in proof.findings[:SHOWN]:
         rule = f"\n    rule: {found.rule}" if found.rule else ""
         console.print(f"  {found.level}: {found.what}\n    mend: {found.mend}{rule}", markup=False, soft_wrap=True)
