@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from rich.console import Console
 
 from qwench import display
 from qwench.display import Report
+from qwench.result import Figures
+from tests.steps.releases import estimate, evaluation
 
 
 @pytest.fixture
@@ -36,3 +39,20 @@ def test_the_next_piece_of_work_is_reckoned_by_itself(clock: list[float], capsys
     clock[0] += 12
     report(4, 10, "head")
     assert "4 of 10 blocks, 18 s left" in capsys.readouterr().err
+
+
+def test_figures_stand_beside_those_without_corrections(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(display, "out", Console(width=150, highlight=False))
+    without = Figures.model_validate(
+        evaluation().model_dump(include=set(Figures.model_fields)) | {"top1_agreement": estimate(0.7, 0.01)}
+    )
+    display.show_evaluation(evaluation(without_corrections=without))
+    said = capsys.readouterr().out
+    assert "with corrections" in said and "without" in said
+    (line,) = [line.split() for line in said.splitlines() if line.startswith("top-1")]
+    assert line == ["top-1", "agreement", "0.9431", "±", "0.0041", "0.7000", "±", "0.0100"]
+    display.show_evaluation(evaluation(acceptance_release=None))
+    said = capsys.readouterr().out
+    assert "without" not in said and ["2", "0.693", "±", "0.012", "-"] in [line.split()[3:] for line in said.splitlines()]

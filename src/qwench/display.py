@@ -13,7 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from qwench.machine import peak_rss
-from qwench.result import Acceptance, Estimate, Evaluation, Speculation, Verification
+from qwench.result import Acceptance, Estimate, Evaluation, Figures, Speculation, Verification
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -161,29 +161,33 @@ def show_evaluation(measured: Evaluation) -> None:
     def both(estimate: Estimate, digits: str = ".4f") -> str:
         return f"{estimate.mean:{digits}} ± {estimate.standard_error:{digits}}"
 
-    d = measured.divergence
-    rows: list[tuple[str, str, str]] = [
-        ("KL(source || release), mean", "", both(d.mean, ".5f")),
-        ("KL p99 / p99.9 / max", "", f"{d.p99:.3f} / {d.p999:.3f} / {d.max:.3f}"),
-        ("perplexity", both(measured.perplexity_source, ".3f"), both(measured.perplexity_release, ".3f")),
-        ("top-1 agreement", "", both(measured.top1_agreement)),
+    without = measured.without_corrections
+    found: list[Figures] = [measured, *([without] if without else [])]
+    tails = [(side.divergence.p99, side.divergence.p999, side.divergence.max) for side in found]
+    rows: list[tuple[str, ...]] = [
+        ("KL(source || release), mean", "", *(both(side.divergence.mean, ".5f") for side in found)),
+        ("KL p99 / p99.9 / max", "", *(" / ".join(f"{value:.3f}" for value in tail) for tail in tails)),
+        ("perplexity", both(measured.perplexity_source, ".3f"), *(both(side.perplexity_release, ".3f") for side in found)),
+        ("top-1 agreement", "", *(both(side.top1_agreement) for side in found)),
     ]
-    source = measured.acceptance_source.by_position if measured.acceptance_source else []
-    release = measured.acceptance_release.by_position if measured.acceptance_release else []
-    for position in range(max(len(source), len(release))):
-        cells = [both(side[position], ".3f") if position < len(side) else "-" for side in (source, release)]
-        rows.append((f"MTP acceptance at position {position + 1}", cells[0], cells[1]))
-    if measured.speculation_source or measured.speculation_release:
-        rows += _speculation_rows(measured.speculation_source, measured.speculation_release)
-    out.print(table(f"Measured on {measured.tokens:,} tokens of {measured.text}", ["", "source", "release"], rows))
+    heads = [measured.acceptance_source, *(side.acceptance_release for side in found)]
+    drafts = [head.by_position if head else [] for head in heads]
+    for position in range(max(map(len, drafts))):
+        cells = (both(side[position], ".3f") if position < len(side) else "-" for side in drafts)
+        rows.append((f"MTP acceptance at position {position + 1}", *cells))
+    rows += _speculation_rows([measured.speculation_source, *(side.speculation_release for side in found)])
+    columns = ["", "source", *(["with corrections", "without"] if without else ["release"])]
+    out.print(table(f"Measured on {measured.tokens:,} tokens of {measured.text}", columns, rows))
 
 
-def _speculation_rows(source: Speculation | None, release: Speculation | None) -> list[tuple[str, str, str]]:
-    """Free-running speculation, side by side; at least one was measured."""
-    drafts = max((side.drafts for side in (source, release) if side), default=0)
+def _speculation_rows(sides: Sequence[Speculation | None]) -> list[tuple[str, ...]]:
+    """Free-running speculation, side by side; nothing where none was measured."""
+    drafts = max((side.drafts for side in sides if side), default=0)
+    if not drafts:
+        return []
 
-    def line(what: str, text: Callable[[Speculation], str]) -> tuple[str, str, str]:
-        return what, text(source) if source else "-", text(release) if release else "-"
+    def line(what: str, text: Callable[[Speculation], str]) -> tuple[str, ...]:
+        return what, *(text(side) if side else "-" for side in sides)
 
     def accepted_at(place: int) -> Callable[[Speculation], str]:
         return lambda s: f"{s.by_position[place].mean:.3f} ± {s.by_position[place].standard_error:.3f}"

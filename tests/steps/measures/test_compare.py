@@ -14,7 +14,7 @@ from qwench.checkpoint.hub import Located
 from qwench.display import Report
 from qwench.errors import CheckpointError
 from qwench.recipe import load_recipe, parse_recipe
-from qwench.result import Acceptance, Evaluation, read_result
+from qwench.result import Acceptance, Evaluation, Figures, read_result
 from qwench.run import run_recipe
 from qwench.steps.measures.compare import Contender, compare, comparison_data, comparison_rows, contenders, recorded_rows
 from qwench.steps.measures.compare_plot import comparison_figure
@@ -69,6 +69,38 @@ def test_the_table_is_sorted_by_size_and_ends_with_the_source() -> None:
     assert rows[1] == ("large", 800, "80.0%", "0.02134 ± 0.00114", "0.894", "94.31% ± 0.41%", "6.319", "86.1% ± 1.1%")
     assert rows[0][-1] is None
     assert json.loads(json.dumps(data)) == data
+
+
+def corrected() -> Evaluation:
+    """Figures with corrections, and worse ones without."""
+    without = evaluation().model_dump(include=set(Figures.model_fields)) | {"top1_agreement": estimate(0.7, 0.01)}
+    return evaluation(corrections=9, without_corrections=Figures.model_validate(without))
+
+
+def test_a_release_with_corrections_stands_there_without_and_with_them() -> None:
+    one = Contender("r", Path("/releases/r"), 300, corrected(), "org/source", 40)
+    found = compare([one, contender("large", 800, evaluation())], SOURCE, None, "float32", never)
+    data = comparison_data(found, SOURCE, 1000)
+    assert [(row["name"], row["bytes"], row["share"], row["corrected"]) for row in data["releases"]] == [
+        ("r", 300, 0.3, False), ("r with eora", 340, 0.34, True), ("large", 800, 0.8, False)
+    ]  # fmt: skip
+    assert [row["top1"]["mean"] for row in data["releases"]] == [0.7, 0.94313, 0.94313]
+    assert [row[0] for row in comparison_rows(data)] == ["r", "r with eora", "large", "org/source"]
+    assert len(comparison_figure(data).axes[0].containers) == 3
+
+
+def test_a_record_with_corrections_that_says_nothing_of_the_release_without_is_measured_again() -> None:
+    old = evaluation(corrections=9)
+    assert not recorded_rows([contender("old", 10, old)], SOURCE) and recorded_rows([contender("new", 10, corrected())], SOURCE)
+    found = compare([contender("old", 10, old)], SOURCE, old.ids_sha256, "float32", lambda one: corrected())
+    assert not found[0].reused and len(comparison_data(found, SOURCE, 100)["releases"]) == 2
+
+
+def test_the_bytes_of_corrections_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "eora").mkdir()
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 7)
+    (tmp_path / "eora" / "adapter_model.safetensors").write_bytes(b"x" * 5)
+    assert [(one.bytes, one.corrections) for one in contenders([tmp_path])] == [(7, 5)]
 
 
 def test_the_plot_shows_every_release_at_its_numbers() -> None:

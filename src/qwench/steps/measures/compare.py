@@ -1,7 +1,8 @@
 """Several releases of one source side by side: what each weighs, and what it lost.
 
-Every file that is a language model by itself is one contender: a folder of safetensors files, or each model in a folder of GGUF files. Numbers are only comparable on
-the same rows: a measurement in a release's record is used where its rows, its source and its arithmetic are those of the others, else it is measured again.
+Every file that is a language model by itself is one contender: a folder of safetensors files, or each model in a folder of GGUF files. A release with low-rank corrections (EoRA) stands
+there twice: as engines run it that add none, and with them and their bytes. Numbers are only comparable on the same rows: a measurement in a release's record is used where its rows, its
+source and its arithmetic are those of the others, else it is measured again.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Any
 
 from qwench.checkpoint.hub import Located
 from qwench.errors import CheckpointError
-from qwench.result import FILE_NAME, Acceptance, Estimate, Evaluation, read_result
+from qwench.formats.adapter import FOLDER
+from qwench.result import FILE_NAME, Acceptance, Estimate, Evaluation, Figures, read_result
 from qwench.steps.gguf.verify import files_to_verify, is_gguf
 
 Measure = Callable[["Contender"], Evaluation]
@@ -27,9 +29,10 @@ class Contender:
     Attributes:
         name: what tables and plots call it.
         place: the folder of a safetensors release, or a GGUF file.
-        bytes: of its tensor files.
+        bytes: of its tensor files, without corrections.
         recorded: what its record says of it, if it has one.
         source: what its record says it was made from.
+        corrections: bytes of its low-rank corrections; 0 where it has none.
     """
 
     name: str
@@ -37,6 +40,7 @@ class Contender:
     bytes: int
     recorded: Evaluation | None = None
     source: str | None = None
+    corrections: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,8 @@ def _of(release: Path) -> list[Contender]:
     sizes = [path.stat().st_size for path in release.glob("*.safetensors")]
     if not sizes:
         raise CheckpointError(f"{release} holds no safetensors and no GGUF file", "give the folders of releases, or GGUF files")
-    return [Contender(release.resolve().name, release, sum(sizes), record.evaluation if record else None, source)]
+    beside = sum(path.stat().st_size for path in (release / FOLDER).glob("*.safetensors"))
+    return [Contender(release.resolve().name, release, sum(sizes), record.evaluation if record else None, source, beside)]
 
 
 def _folder(release: Path) -> Path:
@@ -108,10 +113,11 @@ def compare(
 
 
 def _usable(contender: Contender, source: Located) -> Evaluation | None:
-    """The recorded figures, where they are against this source."""
-    return (
-        contender.recorded if contender.source == source.name and contender.recorded and contender.recorded.ids_sha256 else None
-    )
+    """The recorded figures, where they are against this source, and of a release with corrections also those without."""
+    found = contender.recorded
+    if contender.source != source.name or found is None or not found.ids_sha256:
+        return None
+    return found if bool(found.corrections) == bool(found.without_corrections) else None
 
 
 def comparison_data(compared: Sequence[Compared], source: Located, source_bytes: int) -> dict[str, Any]:
@@ -130,16 +136,25 @@ def comparison_data(compared: Sequence[Compared], source: Located, source_bytes:
             "perplexity": first.perplexity_source.model_dump(),
             "acceptance": _by_position(first.acceptance_source),
         },
-        "releases": [_row(one, source_bytes) for one in compared],
+        "releases": [row for one in compared for row in _rows(one, source_bytes)],
     }
 
 
-def _row(one: Compared, source_bytes: int) -> dict[str, Any]:
-    found = one.evaluation
+def _rows(one: Compared, source_bytes: int) -> list[dict[str, Any]]:
+    """What stands there of one contender: itself, and where it has corrections itself with them."""
+    found, contender = one.evaluation, one.contender
+    if found.without_corrections is None:
+        return [_row(one, contender.name, contender.bytes, found, source_bytes)]
+    with_them = _row(one, f"{contender.name} with {FOLDER}", contender.bytes + contender.corrections, found, source_bytes)
+    return [_row(one, contender.name, contender.bytes, found.without_corrections, source_bytes), with_them]
+
+
+def _row(one: Compared, name: str, size: int, found: Figures, source_bytes: int) -> dict[str, Any]:
     return {
-        "name": one.contender.name,
-        "bytes": one.contender.bytes,
-        "share": one.contender.bytes / source_bytes,
+        "name": name,
+        "bytes": size,
+        "share": size / source_bytes,
+        "corrected": found is one.evaluation and one.evaluation.corrections > 0,
         "kl": found.divergence.mean.model_dump(),
         "kl_p999": found.divergence.p999,
         "top1": found.top1_agreement.model_dump(),
