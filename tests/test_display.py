@@ -55,4 +55,4 @@ def test_figures_stand_beside_those_without_corrections(
     assert line == ["top-1", "agreement", "0.9431", "±", "0.0041", "0.7000", "±", "0.0100"]
     display.show_evaluation(evaluation(acceptance_release=None))
     said = capsys.readouterr().out
-    assert "without" not in said and ["2", "0.693", "±", "0.012", "-"] in [line.split()[3:] for line in said.splitlines()]
+    assert "without" not in said and ["2", "0.693", "±", "0.012", "-"] in [line.split()[4:] for line in said.splitlines()]
