@@ -201,6 +201,36 @@ def test_digits_follow_the_standard_error(given: Estimate, factor, unit, expecte
     assert with_error(given, factor, unit) == expected
 
 
+def test_card_and_report_come_from_the_record_and_the_config_alone(tmp_path):
+    """A folder of these two files gives the same page, word by word, as one with everything else in it."""
+    written = []
+    for place in ("one", "other"):
+        folder = tmp_path / place / "Name"
+        folder.mkdir(parents=True)
+        if place == "other":
+            for name in (
+                "model.safetensors",
+                "provenance.json",
+                "tokenizer.json",
+                "chat_template.jinja",
+                "eora/adapter_config.json",
+                "README.md",
+            ):
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).write_bytes(b"not read")
+        found = [verification("vllm", "agrees"), verification("transformers", "loads")]
+        card(folder, release(verifications=found))
+        pictures = [path.read_bytes() for path in sorted((folder / "card").iterdir())]
+        written.append(
+            [
+                (folder / "README.md").read_text(encoding="utf-8"),
+                (folder / "report.html").read_text(encoding="utf-8"),
+                *pictures,
+            ]
+        )
+    assert written[0] == written[1] and len(written[0]) == 5
+
+
 def test_errors_of_the_user(tmp_path):
     with pytest.raises(CheckpointError, match=r"no result\.json"):
         write_card(tmp_path)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
+import subprocess
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +28,7 @@ from qwench.result import (
     LayerDivergence,
     LoadFinding,
     LoadProof,
+    Result,
     read_result,
     write_result,
 )
@@ -112,14 +116,88 @@ def test_the_card_writes_both_and_the_page_needs_nobody(made: Path) -> None:
     write_card(made)
     text = (made / "report.html").read_text(encoding="utf-8")
     page = Page(text)
-    assert page.links == [] and "<script" not in text and "@import" not in text and "url(" not in text
-    assert "http" not in text.replace('xmlns="http://www.w3.org/2000/svg"', "")
+    assert needs_nobody(text)
     assert not any("{{" in t or "{%" in t for t in page.texts)
     assert "a <b>text</b>" in " ".join(page.texts), "what comes from outside is text, not markup"
     for part in ("precision", "quality", "weights", "calibration", "engines", "run"):
         assert f'<section id="{part}">' in text
     assert "fell back" in text and "name: mixed" in text and "0.0213 ± 0.0011" in text
     assert len(drawings(text)) == 7
+
+
+def needs_nobody(text: str) -> bool:
+    """Whether a page asks nobody for anything: no link, script, style or picture from elsewhere."""
+    loud = [word for word in ("<script", "@import", "url(", "<iframe", "<object", "<base") if word in text.lower()]
+    return not Page(text).links and not loud and "http" not in text.replace('xmlns="http://www.w3.org/2000/svg"', "")
+
+
+def crowded() -> Result:
+    """A record with everything that a page can show."""
+    without = Figures.model_validate(evaluation().model_dump(include=set(Figures.model_fields)))
+    apart = LayerDivergence(positions=97, by_layer=[estimate(mean, 0.01) for mean in (0.1, 0.3, 0.2, 0.4)])
+    found = evaluation(own_error_by_layer=[0.01, 0.02, 0.05, 0.03], divergence_by_layer=apart, without_corrections=without)
+    read = CalibrationFacts(
+        text="t",
+        text_sha256="a" * 64,
+        ids_sha256="b" * 64,
+        rows=7,
+        length=97,
+        reports={"model.layers.0.mlp." + "x" * 60: "said " * 30},
+    )
+    return release(
+        evaluation=found,
+        calibration=read,
+        pruning=facts(),
+        graft=graft(),
+        verifications=[verification("vllm", "agrees", notes=["y" * 90])],
+    )
+
+
+def ladder_release() -> Result:
+    """A record of GGUF files."""
+    base = release(evaluation=None, errors=[])
+    files = [
+        base.files[0].model_copy(update={"name": f"a-rather-long-name-{kind}.gguf", "content": "model", "file_type": kind, "precision": base.precision, "evaluation": evaluation()})
+        for kind in ("BF16", "Q8_0", "Q6_K", "Q4_K_M")
+    ]  # fmt: skip
+    return base.model_copy(update={"files": files, "precision": []})
+
+
+def test_no_page_needs_anybody() -> None:
+    for result in (crowded(), ladder_release(), release(evaluation=None)):
+        assert needs_nobody(report_text(result, tiny_config(moe=True), "r"))
+    assert not needs_nobody('<p><a href="x">y</a></p>') and not needs_nobody("<p>http://elsewhere</p>")
+
+
+TOO_WIDE = """
+<script>
+document.body.style.width = "390px";
+const odd = [...document.querySelectorAll("main *")].filter(e => !e.closest("pre, .wide, svg") && e.getBoundingClientRect().right > 390.5 && e.getBoundingClientRect().width > 0);
+document.title = "too wide: " + odd.map(e => e.tagName + " " + e.textContent.slice(0, 30)).join("; ") + "|" + document.querySelectorAll("main svg").length;
+</script>
+"""
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed: nothing lays the page out")
+@pytest.mark.parametrize("make", [crowded, ladder_release])
+def test_a_browser_lays_the_page_out_on_a_phone(make: Callable[[], Result], tmp_path: Path) -> None:
+    """At 390 pixels nothing hangs out of the page but what scrolls by itself."""
+    text = report_text(make(), tiny_config(moe=True), "a-release-with-a-rather-long-name-that-goes-on-NVFP4A16")
+    page = tmp_path / "page.html"
+    page.write_text(text.replace("</body>", TOO_WIDE + "</body>"), encoding="utf-8")
+    words = [
+        "chromium",
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--dump-dom",
+        page.as_uri(),
+    ]
+    shown = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True).stdout
+    found = re.search(r"<title>(.*?)\|(\d+)</title>", shown, re.S)
+    assert found is not None and int(found[2]) == len(drawings(text)) > 3
+    assert found[1].strip() == "too wide:", found[1]
 
 
 def test_the_map_shows_every_linear_weight_in_its_format(made: Path) -> None:

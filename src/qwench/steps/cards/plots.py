@@ -210,10 +210,12 @@ def _error_map(figure: Figure, axis: Any, roles: list[str], table: Any) -> None:
 
 def _depth_lines(axis: Any, title: str, series: list[tuple[str, list[float]]], own: list[float]) -> None:
     """A measure after each layer; as bars what each layer adds by itself, the most of it in another colour."""
-    if own:
-        bars = axis.bar(range(len(own)), own, width=0.5, color=GREY, label="the layer by itself")
-        if (most := costliest(own)) is not None:
-            bars[most].set_color(ORANGE)
+    most = costliest(own)
+    others = [i for i in range(len(own)) if i != most]
+    if others:
+        axis.bar(others, [own[i] for i in others], width=0.5, color=GREY, label="the layer by itself")
+    if most is not None:
+        axis.bar([most], [own[most]], width=0.5, color=ORANGE, label="the most")
     for name, values in series:
         look: dict[str, Any] = {"color": BLUE} if name == "after" else {"color": GREEN, "linestyle": (0, (4, 2))}
         axis.plot(range(len(values)), values, marker="o", markersize=3.5, linewidth=1.6, label=LABELS[name], **look)
@@ -221,7 +223,7 @@ def _depth_lines(axis: Any, title: str, series: list[tuple[str, list[float]]], o
     axis.set_ylim(0, max(*own, *(value for _, line in series for value in line), 1e-12) * 1.15)
     axis.grid(axis="y")
     if own or len(series) > 1:
-        axis.legend(loc="best", fontsize=8.5, ncols=3)
+        axis.legend(loc="best", fontsize=8.5, ncols=4)
 
 
 def _mean_line(axis: Any, mean: float) -> None:
