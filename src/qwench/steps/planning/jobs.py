@@ -195,11 +195,3 @@ def job_memory(job: Job, source: TensorSource) -> int:
         return 0
     stored = sum(math.prod(s.shape) * BYTES_OF[source.tensors[s.tensor].dtype] for s in job.quantized.slots)
     return stored + job.nbytes + WORKING_ROWS
-
-
-def walk_memory(map: ModelMap) -> int:
-    """Bytes that a calibrated walk holds at least: its largest layer in float32, and the largest second moment of what a weight of it reads."""
-    blocks = (*map.blocks, *map.mtp)
-    layers = (4 * sum(math.prod(slot.shape) for slot in block.slots) for block in blocks)
-    widths = (slots[0].shape[1] for block in blocks for slots in block.inputs.values())
-    return max(layers, default=0) + 4 * max(widths, default=0) ** 2

@@ -23,7 +23,8 @@ from qwench.numerics.scheme import Scheme
 from qwench.recipe import Export, Recipe, recipe_data
 from qwench.steps.materials.prune import prune_notes, with_fewer_experts
 from qwench.steps.planning.assign import Complaint, assign, assigned, input_complaints, shape_complaints, split_sets
-from qwench.steps.planning.jobs import COPY_BUFFER, Job, Storage, files_of, job_memory, jobs_of, walk_memory
+from qwench.steps.planning.jobs import COPY_BUFFER, Job, Storage, files_of, job_memory, jobs_of
+from qwench.steps.planning.memory import walk_memory
 
 
 @dataclass(frozen=True)
@@ -111,10 +112,12 @@ class Plan:
 
     @property
     def working_memory(self) -> int:
-        """Bytes that a run holds above what the interpreter and its libraries take: at the worst one set of weights beside one copy; where the recipe reads rows, at least
-        one layer of the walk."""
+        """Bytes that a run holds above what the interpreter and its libraries take: at the worst one set of weights beside one copy; where the recipe reads rows, one layer of the
+        walk in float32 and what its methods hold beside it (see `memory`)."""
         rounding = max((job_memory(job, self.source) for job in self.jobs), default=0) + COPY_BUFFER
-        return max(rounding, walk_memory(self.map)) if self.recipe.calibrated else rounding
+        return (
+            max(rounding, walk_memory(self.recipe, self.map, self.source, self.schemes)) if self.recipe.calibrated else rounding
+        )
 
 
 def make_plan(recipe: Recipe, source: StoredSource, map: ModelMap) -> Plan:

@@ -73,7 +73,7 @@ def show(plan: Plan, console: Console) -> None:
     console.print(
         f"{display.size(data['source_bytes'])} becomes {display.size(data['bytes'])}: {data['bytes'] / data['source_bytes']:.1%}, "
         f"{data['bits_per_parameter']:.2f} bits per parameter; memory expected above the interpreter's own: "
-        f"{'at least ' if plan.recipe.calibrated else ''}{display.size(data['working_memory'])}"
+        f"{'about ' if plan.recipe.calibrated else ''}{display.size(data['working_memory'])}"
     )
     if data["gate_memory"]:
         console.print(
