@@ -35,6 +35,7 @@ from qwench.errors import EngineError
 from qwench.measuring import evaluate_gguf_release, evaluate_release, verify_gguf_release, verify_release
 from qwench.recipe import Recipe, bundled, load_recipe
 from qwench.result import Acceptance, Evaluation, read_result
+from qwench.steps.checks.natural import natural_engine
 from qwench.steps.checks.proof import offline
 
 DOCUMENTS, LENGTH = 32, 512
@@ -42,7 +43,7 @@ ROWS = ("--calibration", "carried", "--samples", "64", "--length", "512")
 TUNED = {"iterations": 50, "batch": 4}
 HEADLESS = "name: headless\nsteps:\n  - export: {drop: [mtp]}\n"
 PROVED = ("vllm", "sglang")
-"""Engines whose loading is played through from the headers; transformers and llama.cpp are run."""
+"""Engines whose loading is played through from the headers; transformers, llama.cpp and the tools that a container comes from are run."""
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -117,7 +118,8 @@ def measure(name: str, which: str, made: Made, engines: list[str]) -> Iterator[d
     readers = {
         engine: "loads by its rules" if offline(made.folder, engine).good else "refused by its rules" for engine in PROVED
     }
-    readers |= {engine: _verified(made.folder, engine) for engine in ("transformers", *engines)}
+    ran = dict.fromkeys(("transformers", natural_engine(made.folder), *engines))
+    readers |= {engine: _verified(made.folder, engine) for engine in ran}
     yield row(name, which, made, found, read_result(made.folder).bytes) | {"readers": readers}
 
 

@@ -20,6 +20,7 @@ SAID = {
     "loads": "loads, **wrong numbers**",
     "loads by its rules": "loads, by its rules",
     "refused by its rules": "**no**, by its rules",
+    "failed": "not without that format's own package",
 }
 """What a reader's outcome is called in the table; anything else is said as it is."""
 
@@ -52,9 +53,12 @@ def quality_table(rows: Iterable[Row]) -> str:
 
 def readers_table(rows: dict[str, list[Row]]) -> str:
     """Which engine reads which recipe, on each model; a file format that an engine has no word for is left open."""
-    engines = ("vllm", "sglang", "transformers", "llama.cpp")
+    engines = ("vllm", "sglang", "transformers", "llama.cpp", "gptqmodel", "auto-round")
     names = sorted({row["recipe"] for found in rows.values() for row in found})
-    lines = ["| recipe | model | vLLM 0.32 | SGLang 0.5.23 | transformers 5.23 | llama.cpp |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| recipe | model | vLLM 0.32 | SGLang 0.5.23 | transformers 5.23 | llama.cpp | GPTQModel 7.7 | auto-round 0.16 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for name in names:
         for which, found in rows.items():
             mine = [row["readers"] for row in found if row["recipe"] == name]
