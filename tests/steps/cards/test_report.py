@@ -35,10 +35,10 @@ from qwench.result import (
 from qwench.run import run_recipe
 from qwench.steps.cards import svg as svg
 from qwench.steps.cards.card import write_card
-from qwench.steps.cards.report import acceptance_drawing, report_text, tail_drawing
+from qwench.steps.cards.report import acceptance_drawing, report_text, tail_drawing, weight_map, weight_scale
 from tests.steps.cards.test_heads import graft
 from tests.steps.cards.test_pruning import facts
-from tests.steps.releases import estimate, evaluation, release, verification
+from tests.steps.releases import estimate, evaluation, release, verification, weight
 from tests.support.tiny import tiny_config, write_tiny
 
 QUIET = Report("test", "bytes", None)
@@ -211,6 +211,21 @@ def test_the_map_shows_every_linear_weight_in_its_format(made: Path) -> None:
     assert sorted({float(m.get("y", 0)) for m in int4}) == sorted({float(m.get("y", 0)) for m in int4 + int8}), (
         "one line a layer"
     )
+
+
+def test_the_scale_of_the_weights_says_from_where_each_colour_is_used() -> None:
+    errors = [weight("mlp.up", i, relative=0.02 * (i + 1)) for i in range(5)]
+    assert weight_scale(errors) == [
+        ("shade0", "2%"),
+        ("shade1", "3.6%"),
+        ("shade2", "5.2%"),
+        ("shade3", "6.8%"),
+        ("shade4", "8.4%"),
+    ]
+    drawing = ElementTree.fromstring(weight_map(errors) or "")
+    steps = [re.sub(r"\D", "", m.get("class", "")) for m in marks(drawing, "rect", "shade")]
+    assert steps == ["0", "1", "2", "3", "4"] and weight_scale([]) == []
+    assert weight_map([weight("mlp.up", 0, relative=0.0)]), "a weight without any error"
 
 
 def test_pruned_experts_are_all_there() -> None:

@@ -82,6 +82,7 @@ def report_values(result: Result, config: dict[str, Any], title: str) -> dict[st
             for name, rows in _precisions(result, networks)
         ],
         "weights": _drawn(weight_map, result.errors),
+        "weight_scale": weight_scale(result.errors),
         "weight_rows": error_rows(result.errors),
         "quality": [(name, quality(evaluation)) for name, evaluation in measured],
         "pruning": pruning_drawing(result.pruning) if result.pruning else None,
@@ -93,7 +94,9 @@ def report_values(result: Result, config: dict[str, Any], title: str) -> dict[st
         "proofs": result.load_proofs,
         "engines": [
             (
-                TITLES.get(v.engine, v.engine) + (f", {v.file}" if v.file else ""),
+                TITLES.get(v.engine, v.engine)
+                + (f", {v.file}" if v.file else "")
+                + (", with corrections" if v.adapter else ""),
                 v.outcome,
                 status(v).replace("**", ""),
                 v.notes,
@@ -230,13 +233,22 @@ def weight_map(errors: list[TensorError]) -> Markup | None:
     def cell(role: str, layer: int, value: float) -> tuple[str, str] | None:
         if np.isnan(value):
             return None
-        step = min(int(SHADES * (100 * value - low) / (high - low)), SHADES - 1)
+        step = min(int(SHADES * (100 * value - low) / (high - low)), SHADES - 1) if high > low else 0
         return f"shade{step}", f"layer {layer}, {role}: {100 * value:.2f}%"
 
     cells = [[cell(role, layer, table[i, layer]) for i, role in enumerate(roles)] for layer in range(table.shape[1])]
     return Markup(
         svg.grid_map([str(i) for i in range(table.shape[1])], roles, cells, "relative round-trip error of weights by layer")
     )
+
+
+def weight_scale(errors: list[TensorError]) -> list[tuple[str, str]]:
+    """(class, text) of each step of the colours of `weight_map`: the errors from which it is used; nothing where there are none."""
+    roles, table = layer_table(errors)
+    if not roles:
+        return []
+    low, high = shade_range(table * 100)
+    return [(f"shade{step}", f"{max(low + (high - low) * step / SHADES, 0):.2g}%") for step in range(SHADES)]
 
 
 def quality(evaluation: Evaluation) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def _about(side: Speculation) -> str:
 
 
 def _speedup(side: Speculation) -> str:
-    return f"{side.speedup:.2f}" if side.steady else f"about {side.speedup:.1f} (measured on a busy machine)"
+    return f"{side.speedup:.2f}" if side.steady else f"about {side.speedup:.1f} (busy machine)"
 
 
 def _with_error(estimate: Estimate, factor: float, digits: int, unit: str = "") -> str:
