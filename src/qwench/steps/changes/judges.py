@@ -16,6 +16,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from qwench.methods.awq import Output
+from qwench.models.expert_products import even, even_linear
 from qwench.models.kernels import kernels_for
 from qwench.models.map import Slot
 from qwench.stream.live import LiveBlock
@@ -128,7 +129,7 @@ def module_output(live: LiveBlock, norm: Slot, readers: Sequence[Slot], read: Re
         named: dict[str, Any] = {}
         if stem == "self_attn.":
             named = {"position_embeddings": read.rope_of(inputs_BTD), "attention_mask": None}
-        with kernels_for(inputs_BTD):
+        with kernels_for(inputs_BTD, quick=True):
             result: Tensor | tuple[Tensor, ...] = functional_call(
                 module, own | dict(zip(places, weights, strict=True)), (inputs_BTD,), named
             )
@@ -159,7 +160,8 @@ def mixture_output(live: LiveBlock, readers: Sequence[Slot]) -> Output:
         for expert, down in enumerate(downs):
             token, rank = torch.where(chosen == expert)
             if len(token):
-                out = gated(tokens_ND[token], weight("expert.gate", expert), weight("expert.up", expert), down)
+                read = even(tokens_ND[token])
+                out = gated(read, weight("expert.gate", expert), weight("expert.up", expert), down)[: len(token)]
                 total_ND.index_add_(0, token, out * shares[token, rank, None])
         return total_ND.view(inputs.shape)
 
@@ -173,7 +175,7 @@ def gated(tokens: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 def linear_output(weights: Sequence[Tensor], inputs: Tensor) -> Tensor:
     """A linear module that is the only reader."""
-    return F.linear(inputs, weights[0])
+    return even_linear(inputs, weights[0])
 
 
 @contextmanager
