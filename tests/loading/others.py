@@ -14,6 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qwench.demo import checkpoint
+from qwench.display import Report
+from qwench.recipe import parse_recipe
+from qwench.run import run_recipe
 from tests.support import others
 from tests.support.others import Config, Tensors
 
@@ -33,6 +36,15 @@ def _made(
     write: Callable[[str, Tensor], Tensors], config: Callable[[list[str], list[str]], Config], **more: Any
 ) -> Callable[[str, Path], Path]:
     return lambda model, out: others.quantize(checkpoint(model), out, write, config, **more)
+
+
+def text_only(model: str, home: Path) -> Path:
+    """A demo checkpoint without its tower, under the names of the text-only class; made once in `home`."""
+    out = home / f"{model}-text-only"
+    if not out.exists():
+        recipe = parse_recipe("name: t\nsteps:\n  - export: {layout: text}\n", "t")
+        run_recipe(recipe, str(checkpoint(model)), out, 1, Report("t", "bytes", None), accept_any=True)
+    return out
 
 
 def _fp8(head: bool, also: Callable[[str], bool] = lambda module: False) -> Callable[[str, Path], Path]:
@@ -100,6 +112,10 @@ KINDS: dict[str, Callable[[str, Path], Path]] = {
     "fp8-head": _fp8(head=True),
     "fp8-ba": _fp8(head=False, also=lambda module: AB.search(module) is not None),
     "fp8-tower": _fp8(head=False, also=lambda module: re.search(r"visual\.blocks\.\d+\.mlp", module) is not None),
+    "fp8-text": lambda model, out: others.quantize(text_only(model, out.parent), out, others.fp8_block(BLOCK[model]), others.fp8_config(BLOCK[model]), head=True),
+    "fp8-text-kept": lambda model, out: others.quantize(
+        text_only(model, out.parent), out, others.fp8_block(BLOCK[model]), others.fp8_config(BLOCK[model]), head=True, but=r"^model\.layers\.0\.mlp\.down_proj"
+    ),
     "fp8-static": _made(_static_fp8, STATIC),
     "awq": _made(others.awq(128), others.awq_config(128, *KEPT)),
     "awq-kept": _made(others.awq(128), others.awq_config(128, *KEPT, *(f"model.language_model.layers.3.self_attn.{p}_proj" for p in "qkv")), but=LAYER_3),
@@ -209,6 +225,8 @@ OTHERS: dict[str, tuple[str, str, Change | None, Edit | None, tuple[str, str, st
     "good dense fp8 with its head": ("dense", "fp8-head", None, None, FINE),
     "good moe fp8 with its head": ("moe", "fp8-head", None, None, FINE),
     "good moe fp8, experts fused": ("moe", "fp8", None, _fused_scales, FINE),
+    "good moe fp8, text only": ("moe", "fp8-text", None, None, FINE),
+    "fp8: layer 0 kept in part beside a quantized head": ("dense", "fp8-text-kept", None, None, ("", "wrong", "wrong", "")),
     "good dense fp8, one scale": ("dense", "fp8-static", None, None, ("", "", "", "random")),
     "fp8: head's names missing from the list": ("dense", "fp8", _without("mtp."), None, ("random", "random", "random", "")),
     "fp8: head's experts missing from the list": ("moe", "fp8", _without("mtp.layers.0.mlp.experts"), None, ("random", "random", "random", "")),

@@ -14,9 +14,15 @@ from vllm_stand_ins import NoExperts
 def install() -> None:
     """Where vLLM would look for a kernel, hand it a shell."""
     from vllm.model_executor.layers.quantization import auto_awq, fp8, modelopt
+    from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
+        compressed_tensors_w8a8_fp8,
+        compressed_tensors_w8a16_fp8,
+    )
 
     for module, names in (
         (fp8, ("init_fp8_linear_kernel",)),
+        (compressed_tensors_w8a8_fp8, ("init_fp8_linear_kernel",)),
+        (compressed_tensors_w8a16_fp8, ("init_wfp8_a16_linear_kernel",)),
         (
             modelopt,
             ("init_fp8_linear_kernel", "init_nvfp4_linear_kernel", "init_mxfp8_linear_kernel", "expose_input_quant_key"),
