@@ -36,6 +36,14 @@ RULES = {
 """Recipes by name: container and rules. `gptq8` has INT8 attention, `text` is text-only, `kept` leaves layer 1 alone."""
 
 
+CALIBRATED = "name: t\nacceptance: off\ncalibration: {samples: 4, length: 64}\nsteps:\n"
+WHOLE = {
+    "pruned": f"{CALIBRATED}  - prune: {{ratio: 0.5}}\n  - export\n",
+    "w4a4": f"{CALIBRATED}  - quantize:\n      rules: [{{roles: [{LINEAR}], scheme: nvfp4-w4a4}}]\n  - export\n",
+}
+"""Recipes that look at text: half of the experts, the head's with the trunk's; NVFP4 with 4-bit inputs."""
+
+
 def release(home: Path, model: str, recipe: str) -> Path:
     """A release of a demo checkpoint (`dense`, `moe`), made once in `home`. `recipe`: a bundled one, or the name of a container; `bf16` is the demo itself."""
     if recipe == "bf16":
@@ -43,8 +51,11 @@ def release(home: Path, model: str, recipe: str) -> Path:
     out = home / f"{model}-{recipe}"
     if not out.exists():
         container, rules = RULES.get(recipe, ("", ""))
-        text = f"name: t\nsteps:\n  - quantize:\n      rules: [{rules}]\n  - export: {{format: {container}}}\n"
-        made = parse_recipe(text, "t") if rules else load_recipe(recipe)
+        text = (
+            WHOLE.get(recipe)
+            or f"name: t\nsteps:\n  - quantize:\n      rules: [{rules}]\n  - export: {{format: {container}}}\n"
+        )
+        made = parse_recipe(text, "t") if rules or recipe in WHOLE else load_recipe(recipe)
         run_recipe(made, str(checkpoint(model)), out, 1, Report("t", "bytes", None), accept_any=True)
     return out
 
@@ -247,6 +258,8 @@ CASES: dict[str, Made] = {
     "a norm is missing": ("dense", "int4", None, moved("language_model.layers.2.input_layernorm.weight", None)),
     "scales of one expert are missing": ("moe", "int4", None, moved("language_model.layers.2.mlp.experts.7.down_proj.weight_scale", None)),
     "unpruned head": ("moe", "bf16", _text(num_experts=8), _prune_trunk),
+    "good moe pruned": ("moe", "pruned", None, None),
+    "good dense nvfp4 w4a4": ("dense", "w4a4", None, None),
     "one expert too many": ("moe", "bf16", None, _extra_expert),
     "good dense gptq8": ("dense", "gptq8", None, None),
     "gptq dynamic names q alone": ("dense", "gptq8", _q(_members_alone), None),

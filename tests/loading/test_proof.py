@@ -47,6 +47,8 @@ EVERYWHERE = {
     "a norm is missing": ("random", "random", "random", "random"),
     "scales of one expert are missing": ("random", "random", "random", "random"),
     "unpruned head": ("refuses", "refuses", "refuses", ""),
+    "good moe pruned": FINE,
+    "good dense nvfp4 w4a4": FINE,
     "one expert too many": ("lost", "lost", "lost", ""),
     "gptq dynamic names q alone": ("refuses", "refuses", "refuses", ""),
     "gptq without a pattern for the head": ("", "random", "random", ""),
