@@ -19,10 +19,11 @@ from qwench.demo import checkpoint
 from qwench.display import Report
 from qwench.formats.release import open_source
 from qwench.models import map_of
+from qwench.models.place import Place
 from qwench.models.run import Trunk
 from qwench.numerics import SCHEMES, Scheme
 from qwench.recipe import Recipe, Smooth, parse_recipe
-from qwench.result import read_result
+from qwench.result import Result, read_result
 from qwench.run import run_recipe
 from qwench.steps.changes import Smoothing
 from qwench.stream.hidden import HiddenFiles
@@ -201,6 +202,29 @@ main()
     whole, resumed = read_result(tmp_path / "whole"), read_result(tmp_path / "out")
     assert whole.calibration == resumed.calibration, "reports of the first part are not lost"
     assert whole.errors == resumed.errors
+
+
+def test_a_walk_in_other_numbers_does_not_go_on_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows half of the way in bfloat16 and half in float32 would be neither's result."""
+    model, place = str(checkpoint("dense")), Place(dtype=torch.bfloat16)
+    text = "name: test\nacceptance: 'off'\ncalibration: {samples: 4, length: 16}\nsteps: [{quantize: {method: gptq, rules: [{roles: ['mlp.*'], scheme: int4}]}}, {export: {format: compressed-tensors}}]"
+    recipe, real = parse_recipe(text, "test"), HiddenFiles.publish
+
+    def stopping(self: HiddenFiles, stream: str, layer: int) -> None:
+        real(self, stream, layer)
+        if layer == 3:
+            raise KeyboardInterrupt
+
+    def run(out: str, at: Place) -> Result:
+        return run_recipe(recipe, model, tmp_path / out, 1, QUIET, accept_any=True, place=at)
+
+    monkeypatch.setattr(HiddenFiles, "publish", stopping)
+    for out in ("same", "other"):
+        with pytest.raises(KeyboardInterrupt):
+            run(out, place)
+    monkeypatch.setattr(HiddenFiles, "publish", real)
+    assert run("same", place).run.resumed_tensors > 0
+    assert run("other", place.exact).run.resumed_tensors == 0
 
 
 def test_live_blocks_show_experts_as_views(tmp_path: Path) -> None:
