@@ -7,7 +7,7 @@ error, the experts of a GPTQ file are quantized whatever `dynamic` says, and hea
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qwench.formats.gptq import read_numbers
@@ -29,7 +29,7 @@ from qwench.loading.patterns import (
     shard_names,
 )
 from qwench.loading.vllm_others import Packed
-from qwench.loading.vllm_schemes import CLASSES, SPECIAL, Decider, Unquantized, unknown_method
+from qwench.loading.vllm_schemes import CLASSES, SPECIAL, Decider, chosen
 from qwench.numerics import Scheme
 
 EXPERTS_CLASS = "FusedMoE"
@@ -153,17 +153,15 @@ def decider_of(config: Mapping[str, Any] | None, weight_only_nvfp4: bool, heads_
         Stop: SGLang refuses the config as a whole.
         CheckpointError: a method that this table does not know.
     """
-    if not config:
-        return Unquantized()
-    method = config.get("quant_method", "compressed-tensors")
-    deciders: dict[str, Callable[[], Decider]] = {
-        "compressed-tensors": lambda: CompressedTensors(config, weight_only_nvfp4),
-        "gptq": lambda: Gptq(config),
-        "auto-round": lambda: AutoRound(config),
-        "fp8": lambda: sglang_others.Fp8(config),
-        "awq": lambda: sglang_others.Awq(config),
-        **dict.fromkeys(METHODS, lambda: sglang_others.modelopt(config, heads_by_layers)),
-    }
-    if method not in deciders:
-        raise unknown_method(method)
-    return deciders[method]()
+    quantization = config or {}
+    return chosen(
+        quantization,
+        {
+            "compressed-tensors": lambda: CompressedTensors(quantization, weight_only_nvfp4),
+            "gptq": lambda: Gptq(quantization),
+            "auto-round": lambda: AutoRound(quantization),
+            "fp8": lambda: sglang_others.Fp8(quantization),
+            "awq": lambda: sglang_others.Awq(quantization),
+            **dict.fromkeys(METHODS, lambda: sglang_others.modelopt(quantization, heads_by_layers)),
+        },
+    )

@@ -58,11 +58,6 @@ class Decider(Protocol):
         """How a module is built; None: unquantized. Raises Stop."""
 
 
-def unknown_method(method: str) -> CheckpointError:
-    """What is raised where a table does not know a method; `reading` says so before."""
-    return CheckpointError(f"the checkpoint is quantized with {method!r}", "the offline proof does not know it")
-
-
 class Unquantized:
     """No quantization_config."""
 
@@ -224,17 +219,25 @@ def decider_of(
         Stop: vLLM refuses the config as a whole.
         CheckpointError: a method that this table does not know.
     """
+    quantization = config or {}
+    return chosen(
+        quantization,
+        {
+            "compressed-tensors": lambda: CompressedTensors(quantization, prefixes),
+            "gptq": lambda: Gptq(quantization, prefixes, stored, mtp),
+            "auto-round": lambda: AutoRound(quantization, prefixes),
+            "fp8": lambda: vllm_others.Fp8(quantization, prefixes),
+            **dict.fromkeys(("awq", "auto_awq", "awq_marlin"), lambda: vllm_others.Awq(quantization, prefixes, plain)),
+            **dict.fromkeys(METHODS, lambda: vllm_others.modelopt(quantization, prefixes, mtp)),
+        },
+    )
+
+
+def chosen(config: Mapping[str, Any], deciders: Mapping[str, Callable[[], Decider]]) -> Decider:
+    """The decider of a config's method. Raises CheckpointError where there is none; `reading` says so before."""
+    method = config.get("quant_method", "compressed-tensors")
     if not config:
         return Unquantized()
-    method = config.get("quant_method", "compressed-tensors")
-    deciders: dict[str, Callable[[], Decider]] = {
-        "compressed-tensors": lambda: CompressedTensors(config, prefixes),
-        "gptq": lambda: Gptq(config, prefixes, stored, mtp),
-        "auto-round": lambda: AutoRound(config, prefixes),
-        "fp8": lambda: vllm_others.Fp8(config, prefixes),
-        **dict.fromkeys(("awq", "auto_awq", "awq_marlin"), lambda: vllm_others.Awq(config, prefixes, plain)),
-        **dict.fromkeys(METHODS, lambda: vllm_others.modelopt(config, prefixes, mtp)),
-    }
     if method not in deciders:
-        raise unknown_method(method)
+        raise CheckpointError(f"the checkpoint is quantized with {method!r}", "the offline proof does not know it")
     return deciders[method]()
