@@ -109,9 +109,7 @@ def test_writing_with_drafts_is_told_where_it_was_measured(tmp_path):
         assert line in text, line
     assert "ef" * 32 in text
     busy = evaluation(speculation_release=speculation(1512, unsteadiness=1.9))
-    assert "| expected speedup | not measured | about 1.5 (busy machine) |" in card(
-        tmp_path, release(evaluation=busy)
-    )
+    assert "| expected speedup | not measured | about 1.5 (busy machine) |" in card(tmp_path, release(evaluation=busy))
     one_side = card(tmp_path, release(evaluation=evaluation(speculation_release=speculation(1512, temperature=0.7, top_k=20))))
     assert "| accepted | not measured | 1,512 |" in one_side and "at temperature 0.7, top-p 1, top-k 20" in one_side
     assert "each model wrote" not in card(tmp_path, release())
@@ -151,6 +149,16 @@ def test_outcomes(outcome, said, command):
     sections = engine_sections(release(verifications=[verification("vllm", outcome, notes=["no kernel here"])]), "r")
     vllm = next(s for s in sections if s["title"] == "vLLM")
     assert said in vllm["status"] and bool(vllm["command"]) == command and vllm["notes"] == ["No kernel here."]
+
+
+def test_notes_are_sentences_that_begin_with_the_engine_s_own_name():
+    notes = ["vllm computed in bfloat16", "vllms are many", "drops g_idx."]
+    sections = engine_sections(release(verifications=[verification("vllm", "agrees", notes=notes)]), "r")
+    assert next(s for s in sections if s["title"] == "vLLM")["notes"] == [
+        "vLLM computed in bfloat16.",
+        "Vllms are many.",
+        "Drops g_idx.",
+    ]
 
 
 def test_the_latest_verification_of_an_engine_counts():

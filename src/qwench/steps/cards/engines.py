@@ -128,7 +128,7 @@ def status(verification: Verification) -> str:
 
 
 def _notes(engine: str, verification: Verification) -> list[str]:
-    notes = [f"{note[:1].upper()}{note[1:].rstrip('.')}." for note in verification.notes if note]
+    notes = [_sentence(engine, note) for note in verification.notes if note]
     if verification.unconsumed:
         shown = ", ".join(f"`{tensor}`" for tensor in verification.unconsumed[:3])
         more = f" and {len(verification.unconsumed) - 3} more" if len(verification.unconsumed) > 3 else ""
@@ -142,6 +142,13 @@ def _notes(engine: str, verification: Verification) -> list[str]:
             "Speculative decoding: " + ", ".join(f"{key} {value:g}" for key, value in verification.speculation.items()) + "."
         )
     return notes
+
+
+def _sentence(engine: str, note: str) -> str:
+    """A note with the engine's name as it is written, or a capital letter, in front."""
+    named = note.startswith(f"{engine} ")
+    begun = TITLES.get(engine, engine) + note[len(engine) :] if named else f"{note[:1].upper()}{note[1:]}"
+    return f"{begun.rstrip('.')}."
 
 
 def _has(result: Result, component: str) -> bool:
