@@ -212,7 +212,8 @@ class _Placing:
             return room
         why = f"{module.asked} is built {self.model.built(module)} and has no {found.suffix!r}"
         if module.kind == "experts" and self.main and not f"_{found.suffix}".endswith(SKIPPED):
-            return Refused(name, why, "experts-strict", module.asked)
+            rule = self._rule_of(module, self.model.schemes[module.asked])
+            return Refused(name, why, rule if rule == "gptq-experts" else "experts-strict", module.asked)
         return Dropped(why, rule=self._rule_of(module, self.model.schemes[module.asked]), module=module.asked)
 
     def _rule_of(self, module: Module, built: Built | None) -> str:

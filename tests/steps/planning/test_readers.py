@@ -9,6 +9,7 @@ import pytest
 from qwench.checkpoint.reader import Checkpoint
 from qwench.demo import checkpoint
 from qwench.display import Report
+from qwench.errors import CheckpointError
 from qwench.models import map_of
 from qwench.recipe import load_recipe, parse_recipe
 from qwench.result import read_result
@@ -16,6 +17,7 @@ from qwench.run import plan_for, run_recipe
 from qwench.steps.cards.engines import engine_sections
 from qwench.steps.checks.proof import offline
 from qwench.steps.materials.prepare import prepared
+from qwench.steps.planning import readers
 from qwench.steps.planning.plan import Plan, make_plan
 from qwench.steps.planning.readers import ENGINES, planned_proofs, reader_notes
 
@@ -75,7 +77,10 @@ def test_plan_record_and_card_say_what_the_finished_folder_shows(tmp_path: Path)
     assert sections["vLLM"]["status"] == "Not verified."
 
 
-def test_a_plan_of_a_kind_that_no_table_knows_has_no_proofs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_that_no_table_can_play_through_has_no_proofs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise CheckpointError("numbers that no table knows", "ask another")
+
     plan = plan_of(text_of("", "{format: gptq}"))
-    plan.config["quantization_config"]["quant_method"] = "unheard-of"
-    assert planned_proofs(plan) == []
+    monkeypatch.setattr(readers, "prove", refuse)
+    assert planned_proofs(plan) == [] == reader_notes(plan)

@@ -30,7 +30,7 @@ TUNED = 15
 """Bytes for each weight that AutoRound tunes, beside the layer: the original, the offset and the gradient in float32; codes of the start, of the best, and of a judgement."""
 BACKWARD = 2 * 2**30
 """Bytes that may be held for the backward pass: `steps.changes.tuning.ACTIVATIONS`, which a test holds this to."""
-KEPT_WIDTHS = 24
+KEPT_WIDTHS = 15
 """Of a row that is tuned on, what autograd keeps, in units of the widest output."""
 SEARCHED = 16_384
 """Tokens that a search of scales looks at: `steps.changes.judges.SEARCH_TOKENS`, which a test holds this to."""
