@@ -15,7 +15,6 @@ from qwench.steps.changes import judges, repair, tuning
 from qwench.steps.materials.prepare import prepared
 from qwench.steps.planning import memory
 from qwench.steps.planning.plan import Plan, make_plan
-from qwench.stream import mixture
 
 PUBLISHED = Path(__file__).parents[2] / "data" / "configs" / "qwen3.5-35b-a3b.json"
 GIB = 2**30
@@ -72,7 +71,6 @@ def test_longer_rows_take_more_and_more_of_them_do_not() -> None:
 
 
 def test_constants_are_those_of_the_code_that_they_speak_of() -> None:
-    assert memory.MOMENTS == mixture.MOMENT_BYTES
     assert memory.BACKWARD == tuning.ACTIVATIONS
     assert memory.SEARCHED == judges.SEARCH_TOKENS
     assert memory.ADDED == repair.BYTES

@@ -22,10 +22,8 @@ BATCH = 4
 """Rows that go through a layer at once: `steps.calibrate.calibrate`'s default, which a test holds this to."""
 WIDTHS = 5
 """Activations that a pass holds at once, in units of the widest output of a linear module: those of a Gated DeltaNet, worked out in plain PyTorch, decide."""
-FACTOR = 28
-"""Bytes for each number of a second moment while it is factored: in float64, twice, and its float32 form twice more."""
-MOMENTS = 2**30
-"""Bytes of second moments that are summed up at once: `stream.mixture.MOMENT_BYTES`, which a test holds this to."""
+FACTOR = 20
+"""Bytes for each number of a second moment while it is factored: in float64, twice, and once more in float32."""
 TUNED = 15
 """Bytes for each weight that AutoRound tunes, beside the layer: the original, the offset and the gradient in float32; codes of the start, of the best, and of a judgement."""
 BACKWARD = 2 * 2**30
@@ -113,9 +111,9 @@ def changing(recipe: Recipe, block: Block, every: int, tokens: int, schemes: Map
 
 
 def factoring(block: Block, chosen: Collection[Slot]) -> int:
-    """Second moments, and the largest of them while it is factored."""
+    """The largest second moment of what a weight of it reads, while it is factored."""
     widths = [slots[0].shape[1] for name, slots in block.inputs.items() if any(slot in chosen for slot in slots)]
-    return min(MOMENTS, 2 * FLOAT * max(widths) ** 2) + FACTOR * max(widths) ** 2
+    return (FLOAT + FACTOR) * max(widths) ** 2
 
 
 def searching(block: Block, chosen: Collection[Slot], every: int, schemes: Mapping[str, Scheme]) -> int:
