@@ -34,7 +34,7 @@ from qwench.stream.walk import Rows
 
 MOMENT_BYTES = 2**30
 """Bytes of second moments that are summed up at once; a set that alone is larger goes alone."""
-TOKENS = 8192
+TOKENS = 4096
 """Tokens that are taken through an expert at once."""
 
 
