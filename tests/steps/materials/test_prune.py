@@ -257,7 +257,7 @@ import os, signal
 from qwench.stream.hidden import HiddenFiles
 real = HiddenFiles.publish
 def stopping(self, stream, layer):
-    if layer == {at} and stream == "changed":
+    if layer == {at}:
         os.kill(os.getpid(), signal.SIGKILL)
     real(self, stream, layer)
 HiddenFiles.publish = stopping
