@@ -16,7 +16,7 @@ COMMANDS: dict[str, Any] = get_command(app).commands  # type: ignore[attr-define
 
 
 def runs(line: str) -> bool:
-    """Whether an example is about what the package carries; `qwench demo` is run by the guide's test."""
+    """Whether an example is about what the package carries; `qwench demo` does at once what these do one by one, see test_proving."""
     return not line.startswith("qwench demo") and ("demo:" in line or "./first" in line or line.startswith("qwench recipes"))
 
 
