@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from compressed_tensors.compressors.format import infer_module_format
+from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
 from compressed_tensors.utils.match import match_named_modules, match_targets
 
 from qwench.errors import CheckpointError
@@ -264,19 +266,66 @@ def test_other_methods_are_refused() -> None:
     [
         ("nvfp4-w4a4", {}, "nvfp4"),
         ("nvfp4-w4a4", {"observer": "static_minmax"}, "nvfp4"),
-        ("nvfp4-w4a4", {"dynamic": False}, "none"),
-        ("nvfp4-w4a4", {"group_size": 32}, "none"),
+        ("nvfp4-w4a4", {"dynamic": False}, ""),
+        ("nvfp4-w4a4", {"group_size": 32}, ""),
         ("fp8-w8a8", {}, "fp8"),
-        ("fp8-w8a8", {"strategy": "tensor", "dynamic": False}, "none"),
-        ("fp8-w8a8", {"type": "int"}, "none"),
+        ("fp8-w8a8", {"strategy": "tensor", "dynamic": False}, "fp8-tensor"),
+        ("fp8-w8a8", {"strategy": "tensor"}, ""),
+        ("fp8-w8a8", {"symmetric": False}, ""),
+        ("fp8-w8a8", {"type": "int"}, ""),
     ],
 )
-def test_activations_are_read_where_they_are_ours(name: str, change: dict[str, Any], expected: str) -> None:
+def test_activations_are_read_where_they_are_known(name: str, change: dict[str, Any], expected: str) -> None:
+    """A release whose inputs we cannot round is not read: it would be measured better than it is."""
     module = "model.layers.0.mlp.up_proj"
     config = quantization_config({module: SCHEMES[name]}, [])
     config["config_groups"]["group_0"]["input_activations"] |= change
-    read = scheme_of(config, module)
-    assert read is not None and read.activations == expected and read.kind == SCHEMES[name].kind
+    if expected:
+        read = scheme_of(config, module)
+        assert read is not None and read.activations == expected and read.kind == SCHEMES[name].kind
+    else:
+        with pytest.raises(CheckpointError, match=r"up_proj is stored as .* with inputs \{'actorder'"):
+            scheme_of(config, module)
+
+
+@pytest.mark.parametrize(
+    ("preset", "scheme"),
+    [
+        ("FP8_DYNAMIC", Scheme("fp8", 8, activations="fp8")),
+        ("FP8", Scheme("fp8", 8, tensor=True, activations="fp8-tensor")),
+        ("FP8_BLOCK", Scheme("fp8", 8, block=(128, 128), activations="fp8-group")),
+        ("W8A8", Scheme("int", 8, activations="int8")),
+    ],
+)
+def test_what_the_library_writes_is_read_and_what_we_write_means_the_same(preset: str, scheme: Scheme) -> None:
+    made = preset_name_to_scheme(preset, ["Linear"])
+    group = made.model_dump(mode="json") | {"format": infer_module_format(torch.nn.Linear, made).value}
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": group["format"],
+        "config_groups": {"group_0": group},
+        "ignore": [],
+    }
+    assert scheme_of(config, "model.layers.0.mlp.up_proj") == scheme
+    ours = quantization_config({"model.layers.0.mlp.up_proj": scheme}, [])
+    theirs = QuantizationConfig.model_validate(ours).config_groups["group_0"]
+    for mine, written in ((theirs.weights, made.weights), (theirs.input_activations, made.input_activations)):
+        assert mine is not None and written is not None
+        for key in ("num_bits", "type", "strategy", "symmetric", "dynamic", "group_size", "block_structure"):
+            assert getattr(mine, key) == getattr(written, key), key
+
+
+def test_integers_one_to_a_byte_want_integer_inputs() -> None:
+    config = quantization_config({"model.layers.0.mlp.up_proj": Scheme("int", 8, tensor=True, activations="int8")}, [])
+    assert config["format"] == "int-quantized" and scheme_of(config, "model.layers.0.mlp.up_proj") is not None
+    group = config["config_groups"]["group_0"]
+    for change in (
+        {"input_activations": None},
+        {"format": "pack-quantized"},
+        {"format": "pack-quantized", "input_activations": None},
+    ):
+        with pytest.raises(CheckpointError, match="up_proj is stored as"):
+            scheme_of(config | {"config_groups": {"group_0": group | change}}, "model.layers.0.mlp.up_proj")
 
 
 def test_weights_alone_and_with_activations_are_two_groups() -> None:

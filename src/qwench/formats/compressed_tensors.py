@@ -10,6 +10,15 @@
 |        |                        | activations in nvfp4: input_global_scale F32 [1], a divisor like the other one                 |
 | fp8    | `float-quantized`      | weight F8_E4M3 [out, in], weight_scale [out, 1] or [ceil(out/128), ceil(in/128)]               |
 
+Of others, read and not written:
+
+| scheme                            | format            | tensors                                                                 |
+|-----------------------------------|-------------------|-------------------------------------------------------------------------|
+| fp8, one scale                    | `float-quantized` | weight F8_E4M3 [out, in], weight_scale [1]                               |
+| fp8 by row or with one scale, inputs over a stored scale | `float-quantized` | as above, and input_scale [1], a factor           |
+| fp8 in blocks of any size         | `float-quantized` | weight_scale [ceil(out/height), ceil(in/width)]                         |
+| int8 by row or with one scale, inputs in int8 | `int-quantized` | weight I8 [out, in], weight_scale [out, 1] or [1]               |
+
 `layout` knows all of it from the shape alone, so that a plan can count bytes and a writer can write headers before any number is there;
 `pack` returns exactly what `layout` promised; `unpack` is its inverse. What `config.json` says about them is in `quantization_config`.
 """
@@ -30,7 +39,7 @@ from qwench.formats.order import MEND, column_groups, order_of
 from qwench.formats.quantization_config import FORMAT_OF, METHOD, quantization_config, scheme_of
 from qwench.numerics import Quantized, Scheme
 
-__all__ = ["CODES", "FORMAT_OF", "METHOD", "SCALES", "SUFFIXES", "complaint", "layout", "notes", "pack", "part_of"]
+__all__ = ["CODES", "FORMAT_OF", "METHOD", "SCALES", "SUFFIXES", "complaint", "fits", "layout", "notes", "pack", "part_of"]
 __all__ += ["quantization_config", "row_step", "scheme_of", "shape_of", "sidecars", "unpack"]
 
 CODES = ("weight_packed", "weight")
@@ -39,6 +48,12 @@ SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point"
 """Names of tensors that only a quantized module has."""
 INPUT_SCALE = "input_global_scale"
 """Name of the divisor of NVFP4 activations."""
+STORED_SCALE = "input_scale"
+"""Name of the one scale of FP8 activations."""
+INPUT_SCALES = {"nvfp4": INPUT_SCALE, "fp8-tensor": STORED_SCALE}
+"""By what is done to inputs: the one number that is stored for it."""
+FREE = (torch.bfloat16, torch.float16, torch.float32)
+"""What scales of integers and of FP8 are stored in."""
 
 FOUR_BIT_NOTE = (
     "4-bit activations are computed by GPUs with FP4 tensor cores (NVIDIA Blackwell: compute capability 10.0, 12.0); elsewhere vLLM leaves them in 16 bits, and the "
@@ -75,7 +90,14 @@ def layout(module: str, shape: tuple[int, ...], scheme: Scheme, dtype: str = "BF
         dtype: safetensors code that `int` and `fp8` scales are stored in.
     """
     rows, columns = shape
-    if scheme.kind == "int":
+    if scheme.kind == "fp8" or is_plain(scheme):
+        codes = "F8_E4M3" if scheme.kind == "fp8" else "I8"
+        height, width = scheme.block or (1, columns)
+        scales = (1,) if scheme.tensor else (math.ceil(rows / height), math.ceil(columns / width))
+        specs: dict[str, tuple[str, tuple[int, ...]]] = {"weight": (codes, (rows, columns)), "weight_scale": (dtype, scales)}
+        if scheme.activations == "fp8-tensor":
+            specs[STORED_SCALE] = (dtype, (1,))
+    elif scheme.kind == "int":
         groups = columns // (scheme.group or columns)
         specs = {
             "weight_packed": ("I32", (rows, math.ceil(columns * scheme.bits / 32))),
@@ -86,12 +108,6 @@ def layout(module: str, shape: tuple[int, ...], scheme: Scheme, dtype: str = "BF
             specs["weight_zero_point"] = ("I32", (math.ceil(rows * scheme.bits / 32), groups))
         if scheme.ordered:
             specs["weight_g_idx"] = ("I32", (columns,))
-    elif scheme.kind == "fp8":
-        height, width = scheme.block or (1, columns)
-        specs = {
-            "weight": ("F8_E4M3", (rows, columns)),
-            "weight_scale": (dtype, (math.ceil(rows / height), math.ceil(columns / width))),
-        }
     else:
         assert scheme.group is not None
         specs = {
@@ -110,22 +126,22 @@ def pack(module: str, quantized: Quantized) -> dict[str, Tensor]:
     scheme, codes = quantized.scheme, quantized.codes
     assert scheme.ordered or quantized.group_of_column is None, "a scheme without order was given one"
     tensors: dict[str, Tensor] = {}
-    if scheme.kind == "int":
+    if scheme.kind == "fp8" or is_plain(scheme):
+        tensors["weight"] = codes
+    elif scheme.kind == "int":
         tensors["weight_packed"] = pack_words(codes, scheme.bits)
         tensors["weight_shape"] = torch.tensor(codes.shape, dtype=torch.int64)
         if quantized.zeros is not None:
             tensors["weight_zero_point"] = pack_rows(quantized.zeros, scheme.bits)
         if scheme.ordered:
             tensors["weight_g_idx"] = column_groups(quantized)
-    elif scheme.kind == "fp8":
-        tensors["weight"] = codes
     else:
         tensors["weight_packed"] = pack_nibbles(codes)
         if quantized.outer is not None:
             tensors["weight_global_scale"] = quantized.outer
-    if scheme.activations == "nvfp4":
+    if scheme.activations in INPUT_SCALES:
         assert quantized.input_outer is not None, f"{module}: nothing has found the range of its inputs"
-        tensors[INPUT_SCALE] = quantized.input_outer
+        tensors[INPUT_SCALES[scheme.activations]] = quantized.input_outer
     tensors["weight_scale"] = quantized.scales
     return {f"{module}.{suffix}": tensor for suffix, tensor in tensors.items()}
 
@@ -146,8 +162,8 @@ def unpack(
     found = {spec.name.removeprefix(f"{module}."): _checked(spec, tensors, scheme) for spec in layout(module, shape, scheme)}
     scales, outer = found["weight_scale"], found.get("weight_global_scale")
     assert scales is not None
-    if scheme.kind == "fp8":
-        return Quantized(scheme, _there(found, "weight"), scales)
+    if scheme.kind == "fp8" or is_plain(scheme):
+        return Quantized(scheme, _there(found, "weight"), scales, input_outer=found.get(STORED_SCALE))
     packed = _there(found, "weight_packed")
     if scheme.kind != "int":
         return Quantized(scheme, unpack_nibbles(packed), scales, outer=outer, input_outer=found.get(INPUT_SCALE))
@@ -169,21 +185,28 @@ def _checked(spec: TensorSpec, tensors: Mapping[str, Tensor], scheme: Scheme) ->
         return tensor
     if tensor is None:
         raise CheckpointError(f"{spec.name} is missing; {scheme.label} needs it", MEND)
-    if tuple(tensor.shape) != spec.shape:
+    if not fits(tuple(tensor.shape), spec):
         raise CheckpointError(f"{spec.name} has the shape {list(tensor.shape)}, {scheme.label} needs {list(spec.shape)}", MEND)
-    free = spec.name.endswith("weight_scale") and scheme.kind in ("int", "fp8")
-    if (
-        not (free and tensor.dtype in (torch.bfloat16, torch.float16, torch.float32))
-        and tensor.dtype != TORCH_DTYPE[spec.dtype]
-    ):
+    free = spec.name.endswith(("weight_scale", STORED_SCALE)) and scheme.kind in ("int", "fp8")
+    if not (free and tensor.dtype in FREE) and tensor.dtype != TORCH_DTYPE[spec.dtype]:
         raise CheckpointError(f"{spec.name} is {tensor.dtype}, {scheme.label} needs {spec.dtype}", MEND)
     return tensor
+
+
+def is_plain(scheme: Scheme) -> bool:
+    """Whether codes are integers one to a byte."""
+    return scheme.kind == "int" and scheme.activations == "int8"
+
+
+def fits(shape: tuple[int, ...], spec: TensorSpec) -> bool:
+    """Whether a stored tensor has the shape of a spec; one number may come with or without a dimension."""
+    return shape == spec.shape or (spec.shape == (1,) and shape == ())
 
 
 def shape_of(module: str, scheme: Scheme, tensors: Mapping[str, TensorEntry], read: Callable[[str], Tensor]) -> tuple[int, int]:
     """(out, in) of a stored weight. Only rows of integers without groups need the stored shape: their last word may be partly filled."""
     codes = next(tensors[f"{module}.{suffix}"] for suffix in CODES if f"{module}.{suffix}" in tensors).shape
-    if scheme.kind == "fp8":
+    if scheme.kind == "fp8" or is_plain(scheme):
         return codes[0], codes[1]
     if scheme.group:
         return codes[0], tensors[f"{module}.weight_scale"].shape[1] * scheme.group
@@ -205,7 +228,9 @@ def part_of(suffix: str, scheme: Scheme, first: int, last: int) -> Part | None:
     """
     if suffix == "weight_shape":
         return None
-    if suffix in ("weight_global_scale", "weight_g_idx", INPUT_SCALE):
+    if suffix in ("weight_global_scale", "weight_g_idx", *INPUT_SCALES.values()) or (
+        suffix == "weight_scale" and scheme.tensor
+    ):
         return ()
     # Scales of blocks and words of zero points have fewer rows than the weight.
     fewer = suffix == "weight_zero_point" or (suffix == "weight_scale" and scheme.block)

@@ -19,7 +19,8 @@ from typing import Any
 
 from qwench.errors import CheckpointError
 from qwench.formats.matching import OTHER, exact_pattern, matches, patterns, place
-from qwench.numerics import Activations, Scheme
+from qwench.numerics import Scheme
+from qwench.numerics.scheme import StoredActivations
 
 METHOD = "compressed-tensors"
 VERSION = "0.20.0"
@@ -31,7 +32,15 @@ FORMAT_OF = {
     "mxfp4": "mxfp4-pack-quantized",
     "fp8": "float-quantized",
 }
-"""Container format by kind of scheme."""
+"""Container format by kind of scheme, of what we write."""
+PLAIN_INTEGERS = "int-quantized"
+"""Of others: integers one to a byte, in layers whose inputs are integers too."""
+
+
+def format_of(scheme: Scheme) -> str:
+    """The container format of a scheme."""
+    return PLAIN_INTEGERS if scheme.activations == "int8" else FORMAT_OF[scheme.kind]
+
 
 CLASS = "Linear"
 COMPONENTS = {"mtp": r"re:^mtp\..*", "vision": r"re:^(?:model\.)?visual\..*"}
@@ -53,7 +62,7 @@ def quantization_config(assigned: Mapping[str, Scheme], kept: Collection[str]) -
     # Last: the library stops at the first target that a module matches, and warns of targets that it never came to.
     order = [*(s for s in by_scheme if s != first), first]
     groups = {f"group_{i}": _group(s, _targets(s, s == first, by_scheme, kept)) for i, s in enumerate(order)}
-    formats = {FORMAT_OF[s.kind] for s in order}
+    formats = {format_of(s) for s in order}
     return {
         "config_groups": groups,
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
@@ -70,7 +79,7 @@ def by_stored_scheme(assigned: Mapping[str, Scheme]) -> dict[Scheme, list[str]]:
     """Modules by what a reader can know of their scheme: not how its scales were chosen."""
     by_scheme: dict[Scheme, list[str]] = {}
     for module, s in assigned.items():
-        stored = Scheme(s.kind, s.bits, s.group, s.block, s.symmetric, ordered=s.ordered, activations=s.activations)
+        stored = replace(s, full_range=False, search="none")
         by_scheme.setdefault(stored, []).append(module)
     return by_scheme
 
@@ -94,7 +103,7 @@ def _targets(scheme: Scheme, of_class: bool, by_scheme: Mapping[Scheme, Sequence
 
 def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
     return {
-        "format": FORMAT_OF[scheme.kind],
+        "format": format_of(scheme),
         "input_activations": activation_arguments(scheme),
         "output_activations": None,
         "targets": targets,
@@ -110,7 +119,7 @@ def weight_arguments(scheme: Scheme) -> dict[str, Any]:
         "dynamic": False,
         "group_size": scheme.group,
         "num_bits": scheme.bits,
-        "strategy": "block" if scheme.block else "group" if scheme.group else "channel",
+        "strategy": "block" if scheme.block else "group" if scheme.group else "tensor" if scheme.tensor else "channel",
         "symmetric": scheme.symmetric,
         "type": "int" if scheme.kind == "int" else "float",
     }
@@ -121,13 +130,26 @@ def weight_arguments(scheme: Scheme) -> dict[str, Any]:
     return arguments
 
 
+EIGHT_BITS: dict[str, dict[str, Any]] = {
+    "fp8": {"dynamic": True, "strategy": "token"},
+    "fp8-tensor": {"dynamic": False, "strategy": "tensor"},
+    "fp8-group": {"dynamic": True, "strategy": "group"},
+    "int8": {"dynamic": True, "strategy": "token", "type": "int"},
+}
+"""What tells inputs of eight bits apart."""
+
+
 def activation_arguments(scheme: Scheme) -> dict[str, Any] | None:
     """What a scheme does to the inputs of its layers, in the words of compressed-tensors (`QuantizationArgs`); None: nothing."""
     if scheme.activations == "none":
         return None
     arguments: dict[str, Any] = {"actorder": None, "block_structure": None, "symmetric": True, "type": "float"}
-    if scheme.activations == "fp8":
-        return arguments | {"dynamic": True, "group_size": None, "num_bits": 8, "strategy": "token"}
+    if scheme.activations in EIGHT_BITS:
+        return (
+            arguments
+            | {"group_size": scheme.block[1] if scheme.block else None, "num_bits": 8}
+            | EIGHT_BITS[scheme.activations]
+        )
     e4m3 = {"scale_dtype": "torch.float8_e4m3fn", "zp_dtype": "torch.float8_e4m3fn"}
     return arguments | {"dynamic": "local", "group_size": 16, "num_bits": 4, "strategy": "tensor_group"} | e4m3
 
@@ -189,24 +211,34 @@ def read_group(group: Mapping[str, Any], config: Mapping[str, Any], module: str)
     if weights is None:
         return None
     stored = group.get("format") or config.get("format")
-    scheme = _read_weights(weights)
-    if scheme is None or stored != FORMAT_OF[scheme.kind]:
-        what = f"{module} is stored as {stored!r} with weights {dict(weights)}"
-        raise CheckpointError(what, f"Qwench reads {', '.join(FORMAT_OF.values())} as docs/formats.md describes them")
-    return replace(scheme, activations=_read_activations(group.get("input_activations"), scheme))
+    weight, inputs = _read_weights(weights), group.get("input_activations") or None
+    mend = f"Qwench reads {', '.join((*FORMAT_OF.values(), PLAIN_INTEGERS))} as docs/formats.md describes them"
+    if weight is None:
+        raise CheckpointError(f"{module} is stored as {stored!r} with weights {dict(weights)}", mend)
+    activations = _read_activations(inputs, weight) if inputs else "none"
+    if activations is None:
+        raise CheckpointError(f"{module} is stored as {stored!r} ({weight.label}) with inputs {dict(inputs or {})}", mend)
+    scheme = replace(weight, activations=activations)
+    if stored != format_of(scheme) or (scheme.kind == "int" and scheme.tensor and activations != "int8"):
+        raise CheckpointError(f"{module} is stored as {stored!r} with weights {dict(weights)} and inputs {inputs}", mend)
+    return scheme
 
 
-def _read_activations(found: Mapping[str, Any] | None, scheme: Scheme) -> Activations:
-    """What is done to inputs, as far as it is one of ours: four-bit blocks over a stored divisor, or eight bits with a scale for each token.
-
-    Of others (a stored scale for all tokens, integers) nothing is done here; engines that cannot do them compute in 16 bits too.
-    """
-    if not found or found.get("type", "int") != "float" or not found.get("symmetric", True):
-        return "none"
-    kind = found.get("num_bits", 8), found.get("strategy"), found.get("dynamic")
-    if kind == (4, "tensor_group", "local") and found.get("group_size") == 16 and scheme.kind == "nvfp4":
+def _read_activations(found: Mapping[str, Any], scheme: Scheme) -> StoredActivations | None:
+    """What is done to inputs, or None where we cannot do it: a release read without that would be measured wrongly."""
+    if not found.get("symmetric", True):
+        return None
+    kind = found.get("type", "int"), found.get("num_bits", 8), found.get("strategy"), found.get("dynamic"), scheme.kind
+    group = found.get("group_size")
+    if kind == ("float", 4, "tensor_group", "local", "nvfp4") and group == 16:
         return "nvfp4"
-    return "fp8" if kind == (8, "token", True) and scheme.kind == "fp8" and not scheme.block else "none"
+    if kind == ("float", 8, "group", True, "fp8") and scheme.block and group == scheme.block[1]:
+        return "fp8-group"
+    if kind == ("int", 8, "token", True, "int") and scheme.bits == 8 and scheme.group is None and scheme.symmetric:
+        return "int8"
+    known: dict[Any, StoredActivations] = {("token", True): "fp8", ("tensor", False): "fp8-tensor"}
+    plain = (kind[0], kind[1], kind[4]) == ("float", 8, "fp8") and not scheme.block
+    return known.get((kind[2], bool(kind[3]))) if plain else None
 
 
 def _read_weights(weights: Mapping[str, Any]) -> Scheme | None:
@@ -221,13 +253,16 @@ def _read_weights(weights: Mapping[str, Any]) -> Scheme | None:
         return None
     if kind == "int" and bits in (4, 8) and strategy in ("group", "channel"):
         return Scheme("int", bits, group, symmetric=symmetric, ordered=ordered)
+    if kind == "int" and bits == 8 and strategy == "tensor" and symmetric:
+        return Scheme("int", 8, tensor=True)
     if kind == "float" and symmetric:
         known = {
             (4, "tensor_group", 16): Scheme("nvfp4", 4, 16),
             (4, "group", 32): Scheme("mxfp4", 4, 32),
             (8, "channel", None): Scheme("fp8", 8),
+            (8, "tensor", None): Scheme("fp8", 8, tensor=True),
         }
-        if bits == 8 and strategy == "block" and block == [128, 128]:
-            return Scheme("fp8", 8, block=(128, 128))
+        if bits == 8 and strategy == "block" and block and len(block) == 2 and min(block) > 0:
+            return Scheme("fp8", 8, block=(int(block[0]), int(block[1])))
         return known.get((bits, strategy, group))
     return None

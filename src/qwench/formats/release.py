@@ -24,11 +24,11 @@ from qwench.checkpoint.source import Part, TensorEntry, TensorSource
 from qwench.errors import CheckpointError
 from qwench.formats import FORMATS, Container
 from qwench.formats.adapter import CONFIG_NAME, FOLDER, Adapter, Corrected
-from qwench.formats.compressed_tensors import INPUT_SCALE
+from qwench.formats.compressed_tensors import INPUT_SCALES, fits
 from qwench.numerics import InputRounding, Quantized, Scheme, decode
 
 ACTIVATION_SUFFIXES = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point")
-"""Tensors of quantized activations: they do not change the weights, and are not shown. `input_rounding` reads the one that it knows."""
+"""Tensors of quantized activations: they do not change the weights, and are not shown. `input_rounding` reads those that it knows."""
 
 OPTIONAL = (".weight_shape", ".g_idx")
 """Tensors that other writers leave out where they say nothing; `unpack` misses the second where it does."""
@@ -141,21 +141,22 @@ class Release:
         """What is done to the input of a linear layer; None where nothing is. See `models.inputs.RoundsInputs`.
 
         Raises:
-            CheckpointError: from the source; a divisor that is no positive number.
+            CheckpointError: from the source; a divisor or scale that is no positive number.
         """
         weight = self.stored.get(f"{module}.weight")
         if weight is None or weight.scheme.activations == "none":
             return None
-        if weight.scheme.activations == "fp8":
-            return InputRounding("fp8")
-        name = f"{module}.{INPUT_SCALE}"
+        activations, block = weight.scheme.activations, weight.scheme.block
+        if activations not in INPUT_SCALES:
+            return InputRounding("int8" if activations == "int8" else "fp8", group=block[1] if block else None)
+        name = f"{module}.{INPUT_SCALES[activations]}"
         outer = float(self.source.read(name))
         if not (math.isfinite(outer) and outer > 0):
             file = self.folder / self.source.tensors[name].file
             raise CheckpointError(
                 f"{name} in {file} is {outer}: inputs cannot be divided by it", "the file was not calibrated: make it again"
             )
-        return InputRounding("nvfp4", outer)
+        return InputRounding("nvfp4" if activations == "nvfp4" else "fp8", outer)
 
     def close(self) -> None:
         """Close what lies below."""
@@ -176,14 +177,14 @@ class Release:
         if scheme is None:
             raise CheckpointError(f"{codes.name} is quantized, config.json says that {module} is not", mend)
         scale = self.source.tensors.get(f"{module}.{self.container.SCALES}")
-        if len(codes.shape) != 2 or scale is None or len(scale.shape) != 2:
+        if len(codes.shape) != 2 or scale is None or (len(scale.shape) != 2 and not scheme.tensor):
             raise CheckpointError(f"{module}: there is no matrix of scales beside {codes.name} {list(codes.shape)}", mend)
         weight = Stored(module, scheme, self.container.shape_of(module, scheme, self.source.tensors, self.source.read))
         for spec in self.container.layout(module, weight.shape, scheme):
             there = self.source.tensors.get(spec.name)
             if there is None and not spec.name.endswith(OPTIONAL):
                 raise CheckpointError(f"{spec.name} is missing; {scheme.label} needs it", mend)
-            if there is not None and there.shape != spec.shape:
+            if there is not None and not fits(there.shape, spec):
                 what = f"{spec.name} has the shape {list(there.shape)}, {scheme.label} needs {list(spec.shape)}"
                 raise CheckpointError(what, mend)
         name = f"{module}.weight"

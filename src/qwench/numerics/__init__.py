@@ -91,6 +91,8 @@ def complaint(scheme: Scheme, shape: tuple[int, ...]) -> str | None:
 def _scheme_complaint(scheme: Scheme) -> str | None:
     """What no weight could mend: a scheme that contradicts its own kind."""
     kind = scheme.kind
+    if scheme.tensor or scheme.activations in ("fp8-tensor", "fp8-group", "int8"):
+        return f"{scheme.label} is read from releases of others, not written"
     if kind == "int" and scheme.bits not in (4, 8):
         return f"int{scheme.bits} is not offered: 4 or 8 bits"
     if kind in FIXED_BITS and scheme.bits != FIXED_BITS[kind]:

@@ -5,10 +5,11 @@ W4A4 and W8A8 layers multiply short numbers by short numbers. The weights were r
 - NVFP4: 16 neighbouring numbers of a token share an FP8 E4M3 scale, amax / 6 * outer, and a value is E2M1(code) * (scale / outer). The scale is found as the block comes; `outer`, the one
   number that a calibration has to find, sets the window of about 17 binary orders in which scales can lie. A block whose amax is above 448 * 6 / outer is cut
   off there; blocks that are much smaller are rounded more coarsely, and to zero in the end.
-- FP8: E4M3(code) * scale; a scale for each token, amax / 448, found as it comes, or one stored scale for all.
+- FP8: E4M3(code) * scale; a scale for each token, amax / 448, found as it comes, or for each so many neighbouring numbers of a token, or one stored scale for all.
+- INT8: code * scale, codes -128..127; a scale for each token, amax / 127.5, found as it comes.
 
 The arithmetic is that of the compressed-tensors library on float32 inputs, operation by operation, and so that of transformers, which runs it. The kernels of GPUs
-multiply by reciprocals where it divides: the same up to ties, which a difference of one bit may turn. Weights of NVFP4 keep their scales at 2^-6 and
+multiply by reciprocals where it divides: the same up to ties, which a difference of one bit may turn; those for INT8 lay amax on the code 127, which makes their steps larger by 1/254. Weights of NVFP4 keep their scales at 2^-6 and
 above (see `float4`); activations do not, their kernels read smaller scales as they are.
 """
 
@@ -33,17 +34,21 @@ class InputRounding:
     """What is done to what a linear layer reads.
 
     Attributes:
-        kind: `nvfp4`, or `fp8`.
+        kind: the numbers.
         scale: `nvfp4`: the divisor (`outer`), positive and finite. `fp8`: the one scale of all tokens; None: each token has its own.
+        group: `fp8` without a stored scale: how many neighbouring numbers of a token share one; None: all of them.
     """
 
-    kind: Literal["nvfp4", "fp8"]
+    kind: Literal["nvfp4", "fp8", "int8"]
     scale: float | None = None
+    group: int | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """The values that the engine multiplies with, of the shape and dtype of x [..., I]."""
         if self.kind == "fp8":
-            return round_fp8(x, self.scale)
+            return round_fp8(x, self.scale, self.group)
+        if self.kind == "int8":
+            return round_int8(x)
         assert self.scale is not None, "the divisor of NVFP4 activations is stored"
         return round_nvfp4(x, self.scale)
 
@@ -75,13 +80,26 @@ def block_scale(amax: Tensor, outer: float) -> Tensor:
     return torch.where(scale == 0, ZERO_SCALE, scale)
 
 
-def round_fp8(x: Tensor, scale: float | None = None) -> Tensor:
-    """Activations [..., I] rounded to E4M3; `scale` None: amax / 448 of each token."""
+def round_fp8(x: Tensor, scale: float | None = None, group: int | None = None) -> Tensor:
+    """Activations [..., I] rounded to E4M3; `scale` None: amax / 448 of each token, or of each `group` neighbouring numbers of one, the last of which may be fewer."""
     wide = x.to(torch.float32)
-    if scale is None:
-        step = wide.abs().amax(-1, keepdim=True) / E4M3_LARGEST
-        step = torch.where(step == 0, torch.finfo(torch.float32).eps, step)
-    else:
-        step = torch.tensor(scale)
+    if scale is None and group is not None:
+        whole = torch.nn.functional.pad(wide, (0, -x.shape[-1] % group))
+        rounded = round_fp8(whole.view(*whole.shape[:-1], -1, group)).view(whole.shape)
+        return rounded[..., : x.shape[-1]].to(x.dtype)
+    step = torch.tensor(scale) if scale is not None else _step_of_tokens(wide, E4M3_LARGEST)
     codes = (wide / step).clamp_(-E4M3_LARGEST, E4M3_LARGEST).to(torch.float8_e4m3fn)
     return codes.to(torch.float32).mul_(step).to(x.dtype)
+
+
+def round_int8(x: Tensor) -> Tensor:
+    """Activations [..., I] rounded to -128..127 steps of amax / 127.5 of each token."""
+    wide = x.to(torch.float32)
+    step = _step_of_tokens(wide, 127.5)
+    return (wide / step).clamp_(-128, 127).round_().mul_(step).to(x.dtype)
+
+
+def _step_of_tokens(wide: Tensor, largest: float) -> Tensor:
+    """What a code of 1 stands for, [..., 1]; a token of zeros gets a step that is not 0."""
+    step = wide.abs().amax(-1, keepdim=True) / largest
+    return torch.where(step == 0, torch.finfo(torch.float32).eps, step)

@@ -51,7 +51,7 @@ def decode_fp8(quantized: Quantized) -> Tensor:
     """The values of an FP8 matrix, float32 [out, in]."""
     codes = quantized.codes
     values = torch.empty(codes.shape, dtype=torch.float32)
-    scale = quantized.scales.to(torch.float32)
+    scale = quantized.row_scales().to(torch.float32)
     height, width = quantized.scheme.block or (1, codes.shape[1])
 
     def work(tile: Tile, space: Workspace) -> None:

@@ -62,7 +62,7 @@ def encode_integer(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype = to
 def decode_integer(quantized: Quantized) -> Tensor:
     """The values of an integer matrix, float32 [out, in]."""
     values = torch.empty(quantized.codes.shape, dtype=torch.float32)
-    scale, zero = quantized.scales.to(torch.float32), quantized.zeros
+    scale, zero = quantized.row_scales().to(torch.float32), quantized.zeros
     if quantized.group_of_column is not None:
         column = quantized.group_of_column.long()
         values.copy_(quantized.codes)

@@ -34,10 +34,12 @@ class Quantized:
             range). `nvfp4`, `mxfp4`: uint8 sign<<3 | magnitude index. `fp8`: float8_e4m3fn.
         scales: `int`: [out, groups] in the dtype that will be stored (may be negative, see `Scheme.full_range`). `nvfp4`: float8_e4m3fn
             [out, in/16]. `mxfp4`: uint8 E8M0 exponents (bias 127) [out, in/32]. `fp8`: [out, 1], or [ceil(out/128), ceil(in/128)].
+            Where one scale is for the whole weight (`Scheme.tensor`): one number, [1].
         zeros: int8 [out, groups], only asymmetric `int`.
         outer: float32 [1], only `nvfp4`: the divisor shared by a fused set (448 * 6 / amax).
         group_of_column: int32 [in], the group of each column where activation order permuted them; None: column // group.
-        input_outer: float32 [1], only where the scheme rounds activations to NVFP4: the divisor of what this matrix reads; None until it is known.
+        input_outer: [1], only where the scheme rounds activations to NVFP4 (float32: the divisor of what this matrix reads) or to FP8 over a stored scale (the scale);
+            None until it is known.
         low_rank: (A [r, in], B [out, r]): an additive correction B @ A; not part of `dequantize`.
         error: how far the values lie from the weight; None where it is not known (read from a file).
     """
@@ -51,6 +53,10 @@ class Quantized:
     input_outer: Tensor | None = None
     low_rank: tuple[Tensor, Tensor] | None = None
     error: RoundTrip | None = None
+
+    def row_scales(self) -> Tensor:
+        """The scales with a row for each row of codes where one is for the whole weight; as they are else."""
+        return self.scales.reshape(1, 1).expand(self.codes.shape[0], 1) if self.scheme.tensor else self.scales
 
     def dequantize(self) -> Tensor:
         """The values that these codes stand for, float32 [out, in]."""

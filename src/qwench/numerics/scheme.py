@@ -10,6 +10,8 @@ Weights are matrices [out, in]; groups run along `in`.
 | `mxfp4` | E2M1(code) * 2^e                    | E8M0 exponent per 32                               |
 | `fp8`   | E4M3(code) * scale                  | one per row, or one per `block` (128x128)          |
 
+Releases of others also have one scale for a whole weight (`tensor`): such are read, not written.
+
 A scheme may also ask engines to round what the layer reads, so that the product runs on the units for short numbers (see `activation`).
 """
 
@@ -21,6 +23,9 @@ from typing import Literal
 Kind = Literal["int", "nvfp4", "mxfp4", "fp8"]
 Search = Literal["none", "mse", "four-over-six"]
 Activations = Literal["none", "nvfp4", "fp8"]
+"""What recipes can ask for."""
+StoredActivations = Literal["none", "nvfp4", "fp8", "fp8-tensor", "fp8-group", "int8"]
+"""What releases can say, others' among them."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,9 @@ class Scheme:
         ordered: `int` with groups only: the file says for every column which group it is of (`Quantized.group_of_column`; GPTQ's desc_act).
         activations: what engines round the layer's input to. `nvfp4`, with weights in `nvfp4`: E2M1 with an FP8 scale for each 16 numbers of a token, found as they
             come, over one divisor that calibration finds. `fp8`, with `fp8` weights of a scale per row: E4M3 with a scale for each token, found as it comes.
+            Only read: `fp8-tensor`: E4M3 with one stored scale for all tokens; `fp8-group`, with blocks: E4M3 with a scale for as many numbers of a token as a block is wide,
+            found as they come; `int8`, with `int` weights of 8 bits: integers with a scale for each token, found as it comes.
+        tensor: one scale for the whole weight; `fp8`, or `int` of 8 bits. Only read.
     """
 
     kind: Kind
@@ -50,19 +58,22 @@ class Scheme:
     full_range: bool = False
     search: Search = "none"
     ordered: bool = False
-    activations: Activations = "none"
+    activations: StoredActivations = "none"
+    tensor: bool = False
 
     @property
     def label(self) -> str:
-        """A short name for tables: `int4 g128`, `nvfp4 g16`, `fp8 128x128`, `nvfp4 g16 w4a4`."""
+        """A short name for tables: `int4 g128`, `nvfp4 g16`, `fp8 128x128`, `nvfp4 g16 w4a4`, `fp8 tensor w8a8 static`."""
         text = f"{self.kind}{self.bits}" if self.kind == "int" else self.kind
         if self.block:
             text += f" {self.block[0]}x{self.block[1]}"
         elif self.group:
             text += f" g{self.group}"
         else:
-            text += " channel"
-        rounded = {"none": "", "nvfp4": f" w{self.bits}a4", "fp8": f" w{self.bits}a8"}[self.activations]
+            text += " tensor" if self.tensor else " channel"
+        rounded = {"none": "", "nvfp4": f" w{self.bits}a4", "fp8-tensor": f" w{self.bits}a8 static"}.get(
+            self.activations, f" w{self.bits}a8"
+        )
         return text + ("" if self.symmetric else " asym") + (" ordered" if self.ordered else "") + rounded
 
 
