@@ -36,12 +36,12 @@ class AutoRoundSettings(Strict):
     """Attributes:
     iterations: steps of signed gradient descent for each layer.
     batch: rows in a step.
-    start: what is tuned: the codes and scales of `gptq` (with its settings), or `rounding` to nearest, as the paper has it.
+    start: what is tuned: `rounding` to nearest, as the paper has it, or the codes and scales of `gptq` (with its settings), which take longer, and pay where iterations are few.
     """
 
     iterations: int = Field(200, ge=1)
     batch: int = Field(8, ge=1)
-    start: Literal["gptq", "rounding"] = "gptq"
+    start: Literal["gptq", "rounding"] = "rounding"
 
 
 class ActivationSettings(Strict):
