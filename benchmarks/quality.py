@@ -4,7 +4,7 @@
 
 Each release is made by the command line in a process of its own, then measured on the held-out text that the package carries (32 documents of 512 tokens). Recipes
 that read rows read 64 of 512 tokens of the carried calibration text, whatever data set they name: the demo checkpoints speak nothing else. AutoRound tunes for 50 steps of
-4 rows and not 200 of 8, which would be hours on a processor; a row says so. A recipe that grafts gets the demo checkpoint without its MTP head for a fine-tune, and the
+4 rows and not 64 or 200 of 8, which would be hours on a processor; a row says so. A recipe that grafts gets the demo checkpoint without its MTP head for a fine-tune, and the
 whole one for a donor.
 
 A recipe is made for a model where it reaches the bulk of its weights: one that names no experts is not measured on a mixture, one that prunes not on a dense model.
@@ -82,7 +82,8 @@ def _shortened(recipe: Recipe, work: Path) -> str | Path:
     if recipe.quantize is None or recipe.quantize.method != "autoround":
         return recipe.name
     data = yaml.safe_load(bundled()[recipe.name])
-    next(step for step in data["steps"] if "quantize" in step)["quantize"]["autoround"] = TUNED
+    quantize = next(step for step in data["steps"] if "quantize" in step)["quantize"]
+    quantize["autoround"] = {**quantize["autoround"], **TUNED}
     path = work / f"{recipe.name}.yaml"
     path.write_text(yaml.safe_dump(data), encoding="utf-8")
     return path
