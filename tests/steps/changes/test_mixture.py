@@ -26,7 +26,7 @@ steps:
   - quantize:
       method: {method}
       gptq: {{least_tokens: 100}}
-      autoround: {{iterations: 4, batch: 3}}
+      autoround: {{iterations: 4, batch: 3, start: gptq}}
       rules: [{{roles: [expert.*, shared.gate, shared.up, shared.down], scheme: int4, layers: "1"}}]
   - export: {{format: compressed-tensors}}
 """

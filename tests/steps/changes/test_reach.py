@@ -146,7 +146,7 @@ steps:
 {smooth}  - quantize:
       method: {method}
       gptq: {{least_tokens: 90}}
-      autoround: {{iterations: 3, batch: 2}}
+      autoround: {{iterations: 3, batch: 2, start: gptq}}
       rules: [{{roles: [expert.*, mtp.expert.*], scheme: int4}}]
   - export: {{format: compressed-tensors}}
 """
@@ -195,11 +195,11 @@ def _expert(folder: Path) -> Tensor:
         ("  - quantize: {method: gptq, rules: [{roles: [expert.*], scheme: int4}]}\n", True),
         ("  - smooth: {}\n  - quantize: {rules: [{roles: [expert.*], scheme: int4}]}\n", True),
         ("  - quantize: {rules: [{roles: [expert.*], scheme: nvfp4-w4a4}]}\n", True),
-        ("  - quantize: {method: autoround, rules: [{roles: [expert.*], scheme: int4}]}\n", True),
+        ("  - quantize: {method: autoround, autoround: {start: gptq}, rules: [{roles: [expert.*], scheme: int4}]}\n", True),
         ("  - quantize: {method: autoround, autoround: {start: rounding}, rules: [{roles: [expert.*], scheme: int4}]}\n", False),
         ("  - prune: {ratio: 0.5}\n", False),
     ],
-    ids=["gptq", "awq", "w4a4", "autoround", "autoround from rounding", "prune"],
+    ids=["gptq", "awq", "w4a4", "autoround from gptq", "autoround from rounding", "prune"],
 )  # fmt: skip
 def test_a_recipe_that_gathers_nothing_by_expert_is_refused(steps: str, fits: bool) -> None:
     text = f"name: t\ncalibration: {{samples: 3, experts: all}}\nsteps:\n{steps}  - export: {{format: compressed-tensors}}\n"
