@@ -17,6 +17,7 @@ from qwench.demo import checkpoint
 from qwench.display import Report
 from qwench.recipe import parse_recipe
 from qwench.run import run_recipe
+from tests.loading import eight_bits
 from tests.support import others
 from tests.support.others import Config, Tensors
 
@@ -131,6 +132,7 @@ KINDS: dict[str, Callable[[str, Path], Path]] = {
     ),
     "nvfp4-sidecar": _sidecar,
     "mixed": _mixed,
+    **eight_bits.KINDS,
     "bnb": _made(others.bitsandbytes, lambda quantized, kept: {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
 }  # fmt: skip
 
@@ -264,6 +266,7 @@ OTHERS: dict[str, tuple[str, str, Change | None, Edit | None, tuple[str, str, st
     "modelopt fp8: head missing from the list": ("dense", "modelopt-fp8", _without("mtp", key="ignore"), None, ("random", "random", "random", "wrong")),
     "good dense mixed": ("dense", "mixed", None, None, ("", "", "", "refuses")),
     "good moe mixed": ("moe", "mixed", None, None, ("", "", "", "refuses")),
+    **eight_bits.CASES,
     "bitsandbytes": ("dense", "bnb", None, None, ("refuses", "unknown", "unknown", "unknown")),
 }  # fmt: skip
 """Model, format, change of the quantization_config, change of the tensors; and the worst that happens in vLLM, SGLang 0.5.23, SGLang 0.5.19, transformers."""

@@ -22,7 +22,7 @@ EVERYWHERE = {
     "good dense nvfp4a16": ("", "", "refuses", ""),
     "good moe nvfp4a16": ("", "", "refuses", "wrong"),
     "good dense fp8": FINE,
-    "good dense fp8-block": FINE,
+    "good dense fp8-block": ("", "refuses", "refuses", ""),
     "good dense fp8-w8a8": FINE,
     "fp8 head missing from ignore": ("random", "random", "random", ""),
     "good dense gptq": FINE,

@@ -14,14 +14,20 @@ from vllm_stand_ins import NoExperts
 def install() -> None:
     """Where vLLM would look for a kernel, hand it a shell."""
     from vllm.model_executor.layers.quantization import auto_awq, fp8, modelopt
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
+        compressed_tensors_moe_w8a8_fp8,
+        compressed_tensors_moe_w8a8_int8,
+    )
     from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
         compressed_tensors_w8a8_fp8,
+        compressed_tensors_w8a8_int8,
         compressed_tensors_w8a16_fp8,
     )
 
     for module, names in (
         (fp8, ("init_fp8_linear_kernel",)),
-        (compressed_tensors_w8a8_fp8, ("init_fp8_linear_kernel",)),
+        (compressed_tensors_w8a8_fp8, ("init_fp8_linear_kernel", "expose_input_quant_key")),
+        (compressed_tensors_w8a8_int8, ("init_int8_linear_kernel",)),
         (compressed_tensors_w8a16_fp8, ("init_wfp8_a16_linear_kernel",)),
         (
             modelopt,
@@ -32,6 +38,8 @@ def install() -> None:
             setattr(module, name, lambda *arguments, **named: MagicMock())
     for module, name in (
         (fp8, "select_fp8_moe_backend"),
+        (compressed_tensors_moe_w8a8_fp8, "select_fp8_moe_backend"),
+        (compressed_tensors_moe_w8a8_int8, "select_int8_moe_backend"),
         (modelopt, "select_fp8_moe_backend"),
         (modelopt, "select_nvfp4_moe_backend"),
         (auto_awq, "select_wna16_moe_backend"),

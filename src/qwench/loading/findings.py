@@ -114,6 +114,8 @@ def mend_of(why: str) -> str:
         return (
             f"config.json does not say, under the engine's name, that this module is quantized: write names that fit; {DOCTOR}"
         )
+    if "is built as" in why and why.endswith("has no 'input_scale'"):
+        return f"config.json says that each token has a scale of its own, and the file holds one for all: {OTHER_FORMAT}"
     if "is built as" in why and not re.search(r"has no '?weight'?$", why):
         return "the file has a name that nothing looks for: fetch it again, or make the release again"
     if "is built as" in why:
@@ -256,13 +258,22 @@ def _casts(load: Load, cited: Mapping[str, str]) -> Iterator[Finding]:
         if found.module not in told and name not in load.misfits:
             alike.setdefault((found.stored, found.built), []).append(name)
     for (stored, built), names in alike.items():
-        words = {"float": "16 or 32 bits", "fp8": "FP8 codes", "bytes": "packed codes"}
-        what = f"{load.model}: {summary(names)}: {words[stored]} are copied into a parameter of {words[built]}, and no scale is applied"
+        words = {"float": "16 or 32 bits", "fp8": "FP8 codes", "bytes": "integer or packed codes"}
+        codes = "float" not in (stored, built)
+        then = "where they stand for other numbers" if codes else "and no scale is applied"
+        what = f"{load.model}: {summary(names)}: {words[stored]} are copied into a parameter of {words[built]}, {then}"
         rule = _always_plain(names, cited) if built == "float" else ""
-        mend = KEEP if rule else mend_of("unquantized and has no" if built == "float" else "is built as x and has no 'weight'")
+        mend = (
+            OTHER_FORMAT
+            if codes
+            else KEEP
+            if rule
+            else mend_of("unquantized and has no" if built == "float" else "is built as x and has no 'weight'")
+        )
         yield Finding("wrong", load.model, what, mend, tuple(names), rule or cited.get("cast", ""))
 
 
+OTHER_FORMAT = "config.json says another format than the files hold: use the config.json that belongs to these tensors"
 KEEP = "no config mends it, since this engine builds these modules unquantized whatever it says: keep them unquantized, and make the release again"
 
 
@@ -290,5 +301,6 @@ def _lost(load: Load, consumed: set[str], cited: Mapping[str, str]) -> Iterator[
     for (_, rule), names in alike.items():
         many = f"{len(names)} stored tensors" if len(names) > 1 else "a stored tensor"
         what = f"{load.model}: {many} would be dropped without a word: {summary(names)}: {load.dropped[names[0]].why}"
-        mend = "nothing uses these tensors in this engine: remove them, or use the config.json that belongs to them"
+        unused = "nothing uses these tensors in this engine: remove them, or use the config.json that belongs to them"
+        mend = "use vLLM or SGLang, which round the inputs of experts" if rule == "ct-experts-inputs" else unused
         yield Finding("lost", load.model, what, mend, tuple(names), cited.get(rule, ""))

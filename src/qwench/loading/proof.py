@@ -110,9 +110,22 @@ def known_wrong(table: Table, config: Config, tensors: Tensors) -> Iterator[Find
         yield from _image_positions(config, cited)
     if table.engine == "transformers" and config.get("quantization_config"):
         yield from _nvfp4_experts(tensors, cited)
+        yield from _inputs_of_experts(config, tensors, cited)
         if method_of(config) == "awq":
             what = "on a GPU transformers computes AWQ files in float16, whose range Gated DeltaNet leaves (read, not run)"
             yield Finding("note", "transformers", what, "use vLLM or SGLang, in bfloat16", (), cited["awq-float16"])
+
+
+def _inputs_of_experts(config: Config, tensors: Tensors, cited: Mapping[str, str]) -> Iterator[Finding]:
+    """FP8 experts with rounded inputs, which transformers runs as if their inputs were not."""
+    container, seen = container_for(config), (n for n in tensors if ".mlp.experts." in n and not n.startswith("mtp."))
+    first = next((name for name in seen if name.endswith(".weight_scale")), None)
+    if first is None or method_of(config) != "compressed-tensors" or container is None:
+        return
+    scheme = container.scheme_of(config["quantization_config"], first.removesuffix(".weight_scale"))
+    if scheme is not None and scheme.kind == "fp8" and scheme.activations != "none":
+        what = f"inputs of experts are not rounded, where the release says {scheme.label}: its answers are those of the weights alone"
+        yield Finding("note", "transformers", what, "nothing to do: vLLM and SGLang round them", (), cited["ct-experts-inputs"])
 
 
 def _image_positions(config: Config, cited: Mapping[str, str]) -> Iterator[Finding]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from qwench.formats.gptq import read_numbers
 from qwench.formats.quantization_config import read_group
-from qwench.loading import sglang_others
+from qwench.loading import eight_bits, sglang_others
 from qwench.loading.modelopt import METHODS
 from qwench.loading.parts import Module, Stop
 from qwench.loading.patterns import (
@@ -51,20 +51,24 @@ class CompressedTensors:
             ]
             if any(scheme != found[0] for scheme in found):
                 raise Stop("gate, up and down of the experts are not in one scheme", "ct-experts-one-scheme")
-            return self._served(found[0])
+            return self._served(found[0], module)
         if module.kind == "head":
             target = (
                 None
                 if self._ignored(module.asked, packed)
                 else next((t for t in self.groups if self._means(module.asked, t)), None)
             )
-            return self._served(read_group(self.groups[target], self.config, module.asked)) if target else None
-        return self._served(self._of(module.asked, CLASSES.get(module.leaf, "MergedColumnParallelLinear"), packed))
+            return self._served(read_group(self.groups[target], self.config, module.asked), module) if target else None
+        return self._served(self._of(module.asked, CLASSES.get(module.leaf, "MergedColumnParallelLinear"), packed), module)
 
-    def _served(self, scheme: Scheme | None) -> Scheme | None:
+    def _served(self, scheme: Scheme | None, module: Module) -> Scheme | None:
         if scheme is not None and scheme.kind == "nvfp4" and scheme.activations == "none" and not self.weight_only_nvfp4:
             raise Stop("weight-only NVFP4 has no method", "ct-no-weight-only-nvfp4")
-        return scheme
+        if scheme is not None and scheme.block and scheme.activations == "none":
+            raise Stop("weight-only FP8 in blocks has no method", "ct-no-weight-only-blocks")
+        if scheme is not None and scheme.activations == "int8" and module.kind == "experts":
+            raise Stop("experts in INT8 with INT8 inputs have a method on NPUs only", "ct-no-int8-experts")
+        return eight_bits.checked(scheme, module)
 
     def _of(self, name: str, of_class: str, packed: Packed) -> Scheme | None:
         if self._ignored(name, packed):

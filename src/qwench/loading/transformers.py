@@ -14,6 +14,7 @@ from typing import Any
 from qwench.checkpoint.folder import INDEX_NAME
 from qwench.checkpoint.source import TensorEntry
 from qwench.formats import Container
+from qwench.formats.compressed_tensors import STORED_SCALE
 from qwench.loading.network import Naming, decoder_claims, modules_of, tower_claims
 from qwench.loading.parts import Dropped, Into, Load, Model, Module, Placed, Refused, Rule, Stop
 from qwench.loading.patterns import renamed
@@ -36,6 +37,8 @@ RULES = (
     Rule("report", "a name that no parameter has is skipped and reported; a parameter without a tensor is filled with random numbers and reported", f"{_P}/modeling_utils.py, _finalize_model_loading"),
     Rule("nvfp4-experts", "NVFP4 experts are decoded without their global scale", f"{_P}/integrations/compressed_tensors.py, CompressedTensorsDequantize.convert"),
     Rule("asymmetric", "asymmetric integers are refused with compressed-tensors 0.20", f"{_P}/integrations/compressed_tensors.py, with compressed_tensors/compressors"),
+    Rule("ct-experts-decoded", "FP8 experts are decoded with one scale or one for each row, packed ones by their library, and no others", f"{_P}/integrations/compressed_tensors.py, CompressedTensorsDequantize.convert"),
+    Rule("ct-experts-inputs", "experts' inputs are not rounded", f"{_P}/integrations/compressed_tensors.py, CompressedTensorsDequantize"),
     Rule("ct-single-experts", "of a compressed-tensors file, unquantized experts stored one by one are not joined", f"{_P}/conversion_mapping.py, with quantizers/quantizer_compressed_tensors.py"),
     Rule("fp8-list", "modules_to_not_convert: an expression from the beginning of a name to the end of a component, or the end of a name", f"{_P}/quantizers/quantizers_utils.py, should_convert_module"),
     Rule("awq-no-experts", "AWQ replaces layers of class Linear alone: quantized experts find no parameter", f"{_P}/integrations/awq.py, replace_with_awq_linear"),
@@ -96,9 +99,17 @@ def _scheming(config: Mapping[str, Any], container: Container | None) -> Schemin
 
 def _scheme(module: Module, config: Mapping[str, Any], container: Container) -> Scheme | None:
     scheme = container.scheme_of(config["quantization_config"], module.members[0].stored)
-    if scheme is not None and not scheme.symmetric and container.METHOD == "compressed-tensors":
+    if scheme is None or container.METHOD != "compressed-tensors":
+        return scheme
+    if not scheme.symmetric:
         raise Stop("asymmetric integers are not read", "asymmetric")
-    return scheme
+    if module.kind != "experts":
+        return scheme
+    if scheme.block:
+        raise Stop("experts in FP8 with scales of blocks are not decoded", "ct-experts-decoded")
+    if scheme.activations == "int8":
+        raise Stop("experts in integers one to a byte are not decoded", "ct-experts-decoded")
+    return replace(scheme, activations="none") if scheme.kind == "fp8" else scheme  # they read their inputs as they are
 
 
 class _Placing:
@@ -131,6 +142,8 @@ class _Placing:
         if plain and EXPERT.match(known) and self.method == "compressed-tensors":
             why = "unquantized experts that are stored one by one are not joined"
             return Dropped(why, rule="ct-single-experts", module=module.asked)
+        if module.kind == "experts" and found.suffix == STORED_SCALE:
+            return Dropped("experts' inputs are not rounded", rule="ct-experts-inputs", module=module.asked)
         rule = "awq-no-experts" if found.suffix == "qweight" and module.kind == "experts" else "report"
         return self.index.room(found) or Dropped("no parameter has this name", rule=rule, module=module.asked)
 

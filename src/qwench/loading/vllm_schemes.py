@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from qwench.errors import CheckpointError
 from qwench.formats.gptq import read_numbers
 from qwench.formats.quantization_config import read_group
-from qwench.loading import vllm_others
+from qwench.loading import eight_bits, vllm_others
 from qwench.loading.modelopt import METHODS
 from qwench.loading.parts import Built, Module, Stop
 from qwench.loading.patterns import (
@@ -83,14 +83,13 @@ class CompressedTensors:
 
     def scheme(self, module: Module, packed: Packed) -> Scheme | None:
         if module.kind != "experts":
-            return self._of(module.asked, CLASSES.get(module.leaf, "MergedColumnParallelLinear"), packed)
+            found = self._of(module.asked, CLASSES.get(module.leaf, "MergedColumnParallelLinear"), packed)
+            return eight_bits.checked(found, module)
         names = [f"{module.asked}.0.{leaf}" for leaf in ("gate_proj", "up_proj", "down_proj")]
-        found = [self._of(name, EXPERTS_CLASS, packed) for name in names]
-        if any(scheme != found[0] for scheme in found):
+        schemes = [self._of(name, EXPERTS_CLASS, packed) for name in names]
+        if any(scheme != schemes[0] for scheme in schemes):
             raise Stop("gate, up and down of the experts are not in one scheme", "ct-experts-one-scheme")
-        if found[0] is not None and found[0].kind == "fp8" and found[0].activations == "none":
-            raise Stop("weight-only FP8 experts: there is no such method", "ct-experts-methods")
-        return found[0]
+        return eight_bits.checked(schemes[0], module)
 
     def _of(self, name: str, of_class: str, packed: Packed) -> Scheme | None:
         if self._ignored(name, packed):

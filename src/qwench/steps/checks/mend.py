@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qwench.checkpoint.folder import CONFIG_NAME, INDEX_NAME
-from qwench.checkpoint.source import StoredSource
+from qwench.checkpoint.source import StoredSource, TensorEntry, TensorSpec
 from qwench.errors import CheckpointError, OutputError
 from qwench.formats import Container
 from qwench.formats.quantization_config import read_group
@@ -24,7 +24,8 @@ from qwench.loading.findings import Proof
 from qwench.loading.modelopt import effective
 from qwench.loading.proof import TABLES, prove
 from qwench.loading.reconfigured import Reconfigured
-from qwench.loading.replay import container_for
+from qwench.loading.replay import container_for, same_shape
+from qwench.loading.stored import KINDS
 from qwench.models.layout import OF_IMAGE_POSITIONS, is_text_only
 from qwench.numerics import Scheme
 from qwench.steps.checks.mend_lists import full_list, in_fused, linear_claims
@@ -235,7 +236,7 @@ def _fitting(
         said = None
     for scheme in [*([said] if said else []), *known]:
         specs = container.layout(module, (shape[0], shape[1]), scheme)
-        stored = [(source.tensors[s.name].shape == s.shape) for s in specs if s.name in source.tensors]
+        stored = [_is_stored_so(source.tensors[s.name], s) for s in specs if s.name in source.tensors]
         if (
             stored
             and all(stored)
@@ -243,6 +244,12 @@ def _fitting(
         ):
             return scheme
     raise CheckpointError(f"{module} is stored in none of the schemes of config.json", "ask who made the file")
+
+
+def _is_stored_so(entry: TensorEntry, spec: TensorSpec) -> bool:
+    """Whether a stored tensor is the one of a spec: its shape, and of codes under the name of a weight their kind of numbers."""
+    kind = not spec.name.endswith(".weight") or KINDS.get(entry.dtype) == KINDS.get(spec.dtype)
+    return same_shape(entry.shape, spec.shape) and kind
 
 
 def mentioned_schemes(quantization: Mapping[str, Any], container: Container) -> list[Scheme]:
