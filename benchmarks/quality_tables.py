@@ -79,7 +79,7 @@ def facts(rows: list[Row]) -> str:
     source = rows[0]["acceptance_1_source"]
     tuned = sorted({str(row["tuning"]) for row in rows if row.get("tuning")})
     said = f"The source's own MTP head is accepted at {source:.1%}."
-    return said + (f" AutoRound tuned for {', '.join(tuned)}; its recipes ask for 200 of 8." if tuned else "")
+    return said + (f" AutoRound tuned for {', '.join(tuned)}; the recipes themselves ask for more." if tuned else "")
 
 
 def filled(page: str) -> str:
