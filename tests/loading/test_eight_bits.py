@@ -69,6 +69,8 @@ def findings(folder: Path, engine: str) -> tuple[Finding, ...]:
         ("good moe ct fp8 blocks", "transformers", "with scales of blocks are not decoded", "CompressedTensorsDequantize.convert"),
         ("good moe ct int8", "transformers", "integers one to a byte are not decoded", "CompressedTensorsDequantize.convert"),
         ("good moe ct fp8", "transformers", "inputs of experts are not rounded, where the release says fp8 channel w8a8", "CompressedTensorsDequantize"),
+        ("good dense ct fp8 static", "vllm", "have one scale each, and not the same", ""),
+        ("good moe ct fp8 static", "sglang", "have one scale each, and not the same", ""),
         ("ct int8: says fp8", "vllm", "integer or packed codes are copied into a parameter of FP8 codes, where they stand for other numbers", "AutoWeightsLoader._load_param"),
     ],
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What engines join must agree: one scheme, one NVFP4 divisor, one order of columns. A joined module has room for one of each.
+"""What engines join must agree: one scheme, one NVFP4 divisor, one order of columns. A joined module has room for one of each. Of FP8 with one scale for a weight they make one scale for all, which is told.
 
 Schemes are compared from the config; divisors and orders are values, of which only those few are read.
 """
@@ -22,6 +22,9 @@ Read = Callable[[str], Tensor]
 GLOBALS, ORDER = ("weight_global_scale", "weight_scale_2"), "g_idx"
 """The outer scale of NVFP4, as compressed-tensors stores it (a divisor) and as ModelOpt does (a factor)."""
 DIVISORS = "where the engine runs at all it keeps the largest, and the others' weights come out scaled: make the release again with one global scale for what engines join"
+STEP = "weight_scale"
+"""The scale of a weight that has but one."""
+AGAIN = "nothing has to be done: where it rounds inputs too, the engine rounds these weights once more, to the largest of the scales; one scale for each row (FP8_DYNAMIC) spares that"
 PAIRS = ("gate_proj", "up_proj")
 
 
@@ -43,6 +46,7 @@ def disagreements(
         schemes: dict[str, str] = {}
         divisors: dict[str, str] = {}
         orders: dict[str, str] = {}
+        steps: dict[str, str] = {}
         for module in model.modules:
             for name, members in joined(module):
                 if container and (told := _schemes(members, tensors, config, container)):
@@ -51,10 +55,13 @@ def disagreements(
                     divisors[name] = told
                 if read and (told := _orders(members, tensors, read)):
                     orders[name] = told
+                if read and (told := _steps(members, tensors, read)):
+                    steps[name] = told
         yield from _told(
             model, schemes, "are stored in different schemes", "make the release again with one scheme for what engines join"
         )
         yield from _told(model, divisors, "have different global scales", DIVISORS, "refuses" if refuses_divisors else "wrong")
+        yield from _told(model, steps, "have one scale each, and not the same", AGAIN, "note")
         yield from _told(
             model,
             orders,
@@ -104,6 +111,17 @@ def _schemes(
 
 def _divisors(members: list[str], tensors: Mapping[str, TensorEntry], read: Read) -> str | None:
     stored = {m: f"{m}.{last}" for m in members for last in GLOBALS if f"{m}.{last}" in tensors}
+    return _differing(stored, read)
+
+
+def _steps(members: list[str], tensors: Mapping[str, TensorEntry], read: Read) -> str | None:
+    codes = [m for m in members if (weight := tensors.get(f"{m}.weight")) and weight.dtype == "F8_E4M3"]
+    stored = {m: f"{m}.{STEP}" for m in codes}
+    return _differing({m: name for m, name in stored.items() if name in tensors and tensors[name].shape in ((), (1,))}, read)
+
+
+def _differing(stored: Mapping[str, str], read: Read) -> str | None:
+    """The numbers of members, by the tensor that holds each, where they are not the same."""
     values = {member.rpartition(".")[2]: float(read(name)) for member, name in stored.items()}
     return None if len(set(values.values())) < 2 else ", ".join(f"{name} {value:g}" for name, value in values.items())
 
