@@ -5,7 +5,7 @@
 
 One walk; the same two steps as two runs of ours, the second on the folder of the first; and what users of other tools do: llm-compressor's REAP modifier, then auto-round on its folder. The same
 calibration ids, iterations, bits and groups; a process of its own for each pass, one thread; the MTP head is measured by nobody. Further pairs, without a peer: pruning and rounding to
-nearest, pruning and GPTQ; and one walk with a third of the iterations, since one walk tunes against the layers with all their experts and needs fewer. Times of two passes are sums, their memory is the larger one. `read`: bytes of weights that the passes read.
+nearest, pruning and GPTQ; and one walk with a third of the iterations, since one walk tunes against the layers with all their experts and needs fewer. Tuning starts from GPTQ's codes, as the recipe's does. Times of two passes are sums, their memory is the larger one. `read`: bytes of weights that the passes read.
 
 Writes `benchmarks/results/one-walk-moe.json` and `.md`.
 """
@@ -59,17 +59,26 @@ def ways(compute: str, iterations: int) -> list[Way]:
     numbers = {"compute": compute}
     first = _ours(f"pruned-{compute}", "prune", True, True, **numbers)
     found: list[Way] = []
-    for method, told in (("rtn", {}), ("gptq", {}), ("autoround", {}), ("autoround", {"autoround": {"start": "rounding"}})):
-        name = f"{method}{'-from-rounding' if told else ''}-{compute}"
+    tuned = (
+        (f"autoround{label}", {"autoround": {"start": start}})
+        for start, label in (("gptq", ""), ("rounding", ", from rounding"))
+    )
+    for what, told in (("rtn", {}), ("gptq", {}), *tuned):
+        method, _, start = what.partition(", from ")
+        name = f"{method}{start and '-from-'}{start}-{compute}"
         one = _ours(f"one-{name}", method, True, True, **told, **numbers)
         second = _ours(f"two-{name}", method, False, True, after=first.name, **told, **numbers)
-        what = method + (", from rounding" if told else "")
         found += [
             Way(what, f"qwench, one walk, {compute}", (one,)),
             Way(what, f"qwench, two passes, {compute}", (first, second)),
         ]
     few = _ours(
-        f"one-autoround-few-{compute}", "autoround", True, True, autoround={"iterations": max(1, iterations // 3)}, **numbers
+        f"one-autoround-few-{compute}",
+        "autoround",
+        True,
+        True,
+        autoround={"iterations": max(1, iterations // 3), "start": "gptq"},
+        **numbers,
     )
     return [*found, Way("autoround", f"qwench, one walk, {iterations // 3} iterations, {compute}", (few,))]
 
