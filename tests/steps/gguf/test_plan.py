@@ -112,10 +112,10 @@ def test_a_checkpoint_without_a_tokenizer_is_refused_before_any_work(tmp_path: P
     ("steps", "said"),
     [
         ("- export: {format: gguf, typs: [Q8_0]}", r"steps.0.export.typs: unknown key \(did you mean 'types'\?\)"),
-        ("- export: {format: ggfu}", r"steps.0.export.format: Input should be 'gguf'"),
+        ("- export: {format: ggfu}", r"steps.0.export.format: 'ggfu' is none of 'gguf' \(did you mean 'gguf'\?\)"),
         ("- export: {format: gguf, shard_size: 5GB}", r"shard_size belongs to safetensors releases"),
         ("- export: {format: gguf, types: [Q8_0, Q8_0]}", r"Q8_0 is named twice"),
-        ("- export: {format: gguf, content: [mtp]}", r"steps.0.export.content.0: Input should be 'model', 'trunk-only' or 'mtp-only'"),
+        ("- export: {format: gguf, content: [mtp]}", r"steps.0.export.content.0: 'mtp' is none of 'model', 'trunk-only' or 'mtp-only'"),
         (
             "- quantize: {rules: [{roles: [mlp.*], scheme: int4}]}\n- export: {format: gguf}",
             r"a gguf export chooses its own number formats, and quantize would not reach them",
