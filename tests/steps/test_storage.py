@@ -105,7 +105,7 @@ name: corrected
 calibration: {samples: 12, length: 256}
 steps:
   - quantize: {method: gptq, rules: [{roles: [mlp.*, attention.*, delta.out], scheme: int4}]}
-  - correct: {rank: 16}
+  - correct: {rank: 32}
   - export: {format: FORMAT}
 """
 
@@ -127,11 +127,11 @@ def test_corrections_lie_in_a_folder_of_their_own_and_bring_the_release_closer(f
     assert float((with_them - expected).square().mean()) < 0.8 * float((without - expected).square().mean())
 
 
-def test_a_card_says_that_its_figures_are_those_with_corrections(tmp_path: Path) -> None:
+def test_a_card_has_its_figures_with_corrections_and_without(tmp_path: Path) -> None:
     source, out = checkpoint("dense"), tmp_path / "out"
     run_recipe(corrected(), str(source), out, 0, QUIET)
     assert evaluate_release(out, str(source), None, 2, 64, QUIET).corrections == len(Adapter(out / "eora").modules) > 0
-    assert "read with its" in write_card(out).read_text(encoding="utf-8")
+    assert "Every figure stands with them" in write_card(out).read_text(encoding="utf-8")
 
 
 def test_a_plan_of_a_walk_names_the_memory_of_a_layer() -> None:
@@ -159,7 +159,7 @@ def test_the_corrections_file_is_a_plain_peft_adapter(tmp_path: Path) -> None:
     out = tmp_path / "out"
     run_recipe(corrected(), str(checkpoint("dense")), out, 0, QUIET)
     config = json.loads((out / "eora" / "adapter_config.json").read_text(encoding="utf-8"))
-    assert config["peft_type"] == "LORA" and config["r"] == config["lora_alpha"] == 16
+    assert config["peft_type"] == "LORA" and config["r"] == config["lora_alpha"] == 32
     with safe_open(out / "eora" / "adapter_model.safetensors", "pt") as file:
         names = set(file.keys())
         assert {n.rpartition(".lora_")[2] for n in names} == {"A.weight", "B.weight"}
