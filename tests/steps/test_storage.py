@@ -124,7 +124,7 @@ def test_corrections_lie_in_a_folder_of_their_own_and_bring_the_release_closer(f
     assert not list(out.glob("adapter*")) and len(list(out.glob("*.safetensors"))) == 1
     ids = held_out_rows(source, 4, 256).ids
     expected, without, with_them = (_hidden(found, ids) for found in (Checkpoint.open(source), plain, open_source(out)))
-    assert float((with_them - expected).square().mean()) < 0.8 * float((without - expected).square().mean())
+    assert float((with_them - expected).square().mean()) < 0.7 * float((without - expected).square().mean())
 
 
 def test_a_card_has_its_figures_with_corrections_and_without(tmp_path: Path) -> None:
